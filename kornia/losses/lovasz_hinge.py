@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import Tensor, nn
+
+from kornia.core.check import KORNIA_CHECK_SHAPE
+from kornia.core.utils import is_compiling
+
+from ._lovasz import check_options, hinge_losses, reduce_losses
+from ._utils import mask_ignore_pixels
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def _check_binary(labels: Tensor, foreground: Tensor, ignore_index: Optional[int]) -> None:
+    """Raise for CPU labels other than 0 and 1; on CUDA the check would wait for the device."""
+    if labels.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return
+    binary = (labels == foreground).all()
+    expected = "target must hold 0 for the background and 1 for the foreground"
+    if ignore_index is not None:
+        expected += f", or ignore_index={ignore_index} for pixels to ignore"
+    if is_compiling():
+        torch._assert_async(binary, expected)
+    elif not binary:
+        raise ValueError(f"{expected}. Got: {labels[labels != foreground].unique()[:5].tolist()}")
+
+
+def lovasz_hinge_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: Optional[int] = -100,
+    per_image: bool = True,
+    reduction: str = "mean",
+    num_bins: Optional[int] = None,
+    group: Optional[ProcessGroup] = None,
+) -> Tensor:
+    r"""Lovász hinge loss: a convex surrogate of the intersection over union (IoU) of one foreground class.
+
+    The Jaccard loss of a set of wrong pixels :math:`M`, with the foreground :math:`Y`, is
+
+    .. math::
+
+        \Delta_J(M) = 1 - \text{IoU} = \frac{|M|}{|Y \cup M|}
+
+    and this loss is its Lovász extension [1, 2] at the hinge errors :math:`e_i = \max(0, 1 - z_i s_i)` of the logits
+    :math:`z_i`, where :math:`s_i` is 1 on the foreground and -1 on the background:
+
+    .. math::
+
+        L = \int_0^\infty \Delta_J(\{i : e_i > t\}) \, dt = \sum_i w_i e_i
+
+    The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so the gradient
+    is exact to rounding at any image size.
+
+    Args:
+        pred: logits :math:`(B, 1, H, W)`, not probabilities: the decision threshold is 0. float16 and bfloat16 are
+            computed in float32, integers and bool as float32.
+        target: labels :math:`(B, H, W)`, 1 for the foreground and 0 for the background, of any integer,
+            floating-point or bool dtype.
+        ignore_index: pixels with this label do not exist: they have no error, no gradient and are not counted.
+            None: nothing is ignored.
+        per_image: True: each image is one group, whose IoU is optimised on its own. False: the batch is one group.
+        reduction: over the groups: "mean", "sum", or "none" for one loss per group.
+        num_bins: None: the exact loss. Ranking by bins is not available yet.
+        group: None: the groups of this process. Groups across processes are not available yet.
+
+    Returns:
+        the loss, in the dtype of a floating-point ``pred`` and otherwise in float32: 0-d, or with reduction "none"
+        :math:`(B,)` when ``per_image`` and :math:`(1,)` when not. It is at least 0, and not bounded above. A group
+        without a valid pixel has loss 0, an empty batch too.
+
+    Raises:
+        ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
+        ValueError: if the batch or image sizes or the devices differ, ``reduction`` is unknown, or a label on the CPU
+            is neither 0, 1 nor ``ignore_index``.
+        NotImplementedError: if ``num_bins`` or ``group`` is given.
+
+    References:
+        [1] J. Yu and M. Blaschko, Learning Submodular Losses with the Lovász Hinge, ICML 2015.
+
+        [2] M. Berman, A. Rannen Triki and M. B. Blaschko, The Lovász-Softmax loss, CVPR 2018, arXiv:1705.08790.
+
+    Example:
+        >>> pred = torch.tensor([[[[2.0, -0.5], [0.25, -3.0]]]], requires_grad=True)
+        >>> target = torch.tensor([[[1, 1], [0, 0]]])
+        >>> loss = lovasz_hinge_loss(pred, target)  # errors 1.5 and 1.25, weights 1/2 and 1/6
+        >>> loss
+        tensor(0.9583, grad_fn=<DivBackward0>)
+        >>> loss.backward()
+        >>> pred.grad
+        tensor([[[[ 0.0000, -0.5000],
+                  [ 0.1667,  0.0000]]]])
+        >>> target[0, 0, 1] = 255  # the missed pixel is not labelled: only the false alarm counts
+        >>> lovasz_hinge_loss(pred.detach(), target, ignore_index=255)
+        tensor(0.6250)
+
+    """
+    KORNIA_CHECK_SHAPE(pred, ["B", "1", "H", "W"])
+    KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
+    if not (pred.shape[0] == target.shape[0] and pred.shape[-2:] == target.shape[-2:]):
+        raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
+    if not pred.device == target.device:
+        raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
+    check_options(reduction, num_bins, group)
+
+    logits = pred.to(torch.promote_types(pred.dtype, torch.float32)).flatten(1)
+    # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
+    labels = target.flatten(1) if target.is_floating_point() else target.flatten(1).to(torch.int64)
+    labels, valid = mask_ignore_pixels(labels, ignore_index)
+    foreground = labels == 1
+    _check_binary(labels, foreground, ignore_index)
+    loss = reduce_losses(hinge_losses(logits, foreground, valid, per_image), reduction)
+    return loss.to(pred.dtype) if pred.is_floating_point() else loss
+
+
+class LovaszHingeLoss(nn.Module):
+    r"""Lovász hinge loss: a convex surrogate of the intersection over union (IoU) of one foreground class.
+
+    The module form of :func:`~kornia.losses.lovasz_hinge_loss`, which says what is computed, what each option means
+    and what is raised.
+
+    Args:
+        ignore_index: label of the pixels to ignore, or None.
+        per_image: whether each image is one group; otherwise the batch is.
+        reduction: over the groups: "mean", "sum" or "none".
+        num_bins: None: the exact loss.
+        group: None: the groups of this process.
+
+    Shape:
+        - pred: logits :math:`(B, 1, H, W)`.
+        - target: labels :math:`(B, H, W)`, 0 and 1.
+        - output: 0-d; with reduction "none" :math:`(B,)`, or :math:`(1,)` for a batch-wide group.
+
+    Example:
+        >>> criterion = LovaszHingeLoss(per_image=False)
+        >>> pred = torch.zeros(2, 1, 3, 5, requires_grad=True)
+        >>> target = torch.ones(2, 3, 5, dtype=torch.long)
+        >>> criterion(pred, target)
+        tensor(1., grad_fn=<DivBackward0>)
+
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: Optional[int] = -100,
+        per_image: bool = True,
+        reduction: str = "mean",
+        num_bins: Optional[int] = None,
+        group: Optional[ProcessGroup] = None,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.per_image = per_image
+        self.reduction = reduction
+        self.num_bins = num_bins
+        self.group = group
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            pred: logits :math:`(B, 1, H, W)`.
+            target: labels :math:`(B, H, W)`, 0 and 1.
+
+        Returns:
+            the loss, reduced as chosen.
+        """
+        return lovasz_hinge_loss(
+            pred,
+            target,
+            ignore_index=self.ignore_index,
+            per_image=self.per_image,
+            reduction=self.reduction,
+            num_bins=self.num_bins,
+            group=self.group,
+        )

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Optional, Sequence, Union
+
+import torch
+from torch import Tensor, nn
+
+from kornia.core.check import KORNIA_CHECK, KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
+
+from ._lovasz import check_options, reduce_losses, softmax_losses
+from ._utils import mask_ignore_pixels
+from .one_hot import _check_class_labels
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def _check_classes(classes: Union[str, Sequence[int]], num_classes: int) -> None:
+    if isinstance(classes, str):
+        if classes not in ("all", "present"):
+            raise ValueError(f"classes must be 'all', 'present' or a sequence of class indices. Got: {classes!r}")
+        return
+    indices = list(classes)
+    if len(indices) == 0:
+        raise ValueError("classes must name at least one class. Got an empty sequence")
+    if not all(isinstance(c, int) and not isinstance(c, bool) and 0 <= c < num_classes for c in indices):
+        raise ValueError(f"classes must hold integers in [0, {num_classes}), the classes of pred. Got: {indices}")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"classes must name each class once. Got: {indices}")
+
+
+def lovasz_softmax_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor] = None,
+    *,
+    classes: Union[str, Sequence[int]] = "all",
+    ignore_index: Optional[int] = -100,
+    per_image: bool = True,
+    reduction: str = "mean",
+    num_bins: Optional[int] = None,
+    group: Optional[ProcessGroup] = None,
+) -> Tensor:
+    r"""Lovász-Softmax loss: a surrogate of the mean intersection over union (IoU) of several classes.
+
+    The Jaccard loss of class :math:`c`, for a set of wrong pixels :math:`M` and the pixels :math:`Y_c` labelled
+    :math:`c`, is
+
+    .. math::
+
+        \Delta_{J_c}(M) = 1 - \text{IoU}_c = \frac{|M|}{|Y_c \cup M|}
+
+    and this loss is the mean over the classes of its Lovász extension [1] at the errors
+    :math:`e_i = 1 - p_i(c)` on :math:`Y_c` and :math:`e_i = p_i(c)` elsewhere, where :math:`p` is the softmax of the
+    logits:
+
+    .. math::
+
+        L = \frac{1}{C} \sum_c \int_0^1 \Delta_{J_c}(\{i : e_i > t\}) \, dt = \frac{1}{C} \sum_c \sum_i w_i e_i
+
+    The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so the gradient
+    is exact to rounding at any image size.
+
+    Args:
+        pred: logits :math:`(B, C, H, W)`, :math:`C > 1`, not probabilities. float16 and bfloat16 are computed in
+            float32. A ``pred`` of one image is scored against every image of ``target``.
+        target: class labels :math:`(B, H, W)` in :math:`[0, C)`.
+        weight: factor of the term of each class :math:`(C,)`. The mean still divides by the number of classes
+            averaged, so a uniform weight of 2 doubles the loss. It receives a gradient if it requires one.
+        classes: the classes averaged. "all": an absent class enters with its largest probability. "present": only
+            the classes that occur among the valid pixels of the group. A sequence of int: exactly those.
+        ignore_index: pixels with this label do not exist: they have no error, no gradient and are not counted.
+            None: nothing is ignored.
+        per_image: True: each image is one group, whose IoU is optimised on its own. False: the batch is one group.
+        reduction: over the groups: "mean", "sum", or "none" for one loss per group.
+        num_bins: None: the exact loss. Ranking by bins is not available yet.
+        group: None: the groups of this process. Groups across processes are not available yet.
+
+    Returns:
+        the loss, in the dtype of ``pred`` promoted with that of ``weight``: 0-d, or with reduction "none"
+        :math:`(B,)` when ``per_image`` and :math:`(1,)` when not. Without ``weight``, the loss of a group is in
+        [0, 1]. A group without a valid pixel has loss 0, an empty batch too.
+
+    Raises:
+        ShapeError: if ``pred`` is not :math:`(B, C, H, W)` or ``target`` is not :math:`(B, H, W)`.
+        ValueError: if ``pred`` has one class, the batch or image sizes or the devices differ, ``reduction`` is
+            unknown, or ``classes`` is an unknown string, empty, repeats a class or names one that ``pred`` lacks.
+        BaseError: if ``weight`` does not hold one value per class or is on another device.
+        TypeCheckError: if ``weight`` is not a tensor.
+        RuntimeError: if a label on the CPU is neither in :math:`[0, C)` nor ``ignore_index``.
+        NotImplementedError: if ``num_bins`` or ``group`` is given.
+
+    References:
+        [1] M. Berman, A. Rannen Triki and M. B. Blaschko, The Lovász-Softmax loss, CVPR 2018, arXiv:1705.08790.
+
+    Example:
+        >>> pred = torch.tensor([[[[4.0, 0.0, 0.0]], [[0.0, 4.0, 1.0]], [[0.0, 0.0, 0.0]]]], requires_grad=True)
+        >>> target = torch.tensor([[[0, 1, 0]]])
+        >>> loss = lovasz_softmax_loss(pred, target)  # class 2 is absent: it enters with its largest probability
+        >>> loss
+        tensor(0.3794, grad_fn=<DivBackward0>)
+        >>> loss.backward()
+        >>> lovasz_softmax_loss(pred.detach(), target, classes="present")
+        tensor(0.4631)
+        >>> target[0, 0, 2] = 255  # the wrong pixel is not labelled
+        >>> lovasz_softmax_loss(pred.detach(), target, classes="present", ignore_index=255)
+        tensor(0.0351)
+
+    """
+    KORNIA_CHECK_SHAPE(pred, ["B", "N", "H", "W"])
+    KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
+    num_classes = pred.shape[1]
+    if not num_classes > 1:
+        raise ValueError(f"Invalid pred shape, we expect BxNxHxW, with N > 1. Got: {pred.shape}")
+    if not ((pred.shape[0] == target.shape[0] or pred.shape[0] == 1) and pred.shape[-2:] == target.shape[-2:]):
+        raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
+    if not pred.device == target.device:
+        raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
+    if weight is not None:
+        KORNIA_CHECK_IS_TENSOR(weight, "weight must be Tensor or None.")
+        KORNIA_CHECK(
+            weight.shape == (num_classes,),
+            lambda: f"weight must hold one value per class of pred: got weight of shape {weight.shape} for pred of "
+            f"shape {pred.shape}",
+        )
+        KORNIA_CHECK(
+            weight.device == pred.device,
+            f"weight and pred must be in the same device. Got: {weight.device} and {pred.device}",
+        )
+    _check_classes(classes, num_classes)
+    check_options(reduction, num_bins, group)
+
+    logits = pred.to(torch.promote_types(pred.dtype, torch.float32)).flatten(2)
+    labels, valid = mask_ignore_pixels(target.flatten(1).to(torch.int64), ignore_index)
+    labels = _check_class_labels(labels, num_classes)
+    logits = logits.expand(labels.shape[0], -1, -1)
+    loss = reduce_losses(softmax_losses(logits, labels, valid, weight, classes, per_image), reduction)
+    return loss.to(pred.dtype if weight is None else torch.promote_types(pred.dtype, weight.dtype))
+
+
+class LovaszSoftmaxLoss(nn.Module):
+    r"""Lovász-Softmax loss: a surrogate of the mean intersection over union (IoU) of several classes.
+
+    The module form of :func:`~kornia.losses.lovasz_softmax_loss`, which says what is computed, what each option means
+    and what is raised.
+
+    Args:
+        weight: factor of the term of each class :math:`(C,)`, or None. A parameter is registered as one; any other
+            tensor becomes a buffer that moves with the module and is not saved with it.
+        classes: the classes averaged: "all", "present" or a sequence of class indices.
+        ignore_index: label of the pixels to ignore, or None.
+        per_image: whether each image is one group; otherwise the batch is.
+        reduction: over the groups: "mean", "sum" or "none".
+        num_bins: None: the exact loss.
+        group: None: the groups of this process.
+
+    Shape:
+        - pred: logits :math:`(B, C, H, W)`, :math:`C > 1`.
+        - target: class labels :math:`(B, H, W)` in :math:`[0, C)`.
+        - output: 0-d; with reduction "none" :math:`(B,)`, or :math:`(1,)` for a batch-wide group.
+
+    Example:
+        >>> criterion = LovaszSoftmaxLoss(classes="present", ignore_index=255)
+        >>> pred = torch.zeros(2, 4, 3, 5, requires_grad=True)
+        >>> target = torch.ones(2, 3, 5, dtype=torch.long)
+        >>> criterion(pred, target)
+        tensor(0.7500, grad_fn=<DivBackward0>)
+
+    """
+
+    def __init__(
+        self,
+        weight: Optional[Tensor] = None,
+        *,
+        classes: Union[str, Sequence[int]] = "all",
+        ignore_index: Optional[int] = -100,
+        per_image: bool = True,
+        reduction: str = "mean",
+        num_bins: Optional[int] = None,
+        group: Optional[ProcessGroup] = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+        else:
+            self.register_buffer("weight", weight, persistent=False)
+        self.classes = classes
+        self.ignore_index = ignore_index
+        self.per_image = per_image
+        self.reduction = reduction
+        self.num_bins = num_bins
+        self.group = group
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            pred: logits :math:`(B, C, H, W)`.
+            target: class labels :math:`(B, H, W)` in :math:`[0, C)`.
+
+        Returns:
+            the loss, reduced as chosen.
+        """
+        return lovasz_softmax_loss(
+            pred,
+            target,
+            self.weight,
+            classes=self.classes,
+            ignore_index=self.ignore_index,
+            per_image=self.per_image,
+            reduction=self.reduction,
+            num_bins=self.num_bins,
+            group=self.group,
+        )
