@@ -54,6 +54,4 @@ class BaseTester:
             x.to(dtype).requires_grad_(needs and dtype.is_floating_point) if isinstance(x, Tensor) else x
             for x, dtype, needs in zip(inputs, dtypes, requires_grad)
         ]
-        return torch.autograd.gradcheck(
-            func, prepared, raise_exception=raise_exception, fast_mode=fast_mode, **kwargs
-        )
+        return torch.autograd.gradcheck(func, prepared, raise_exception=raise_exception, fast_mode=fast_mode, **kwargs)

@@ -66,9 +66,9 @@ def _rank_groups(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
     """Weights of the errors ``(B, *, N)``, ranked within each image or within the whole batch."""
     if per_image:
         return _rank(errors, foreground)
-    rows = (errors.shape[1:-1].numel(), -1)
-    flat = _rank(errors.movedim(0, -2).reshape(*rows), foreground.movedim(0, -2).reshape(*rows))
-    return flat.reshape(*errors.shape[1:-1], errors.shape[0], errors.shape[-1]).movedim(-2, 0)
+    by_pixel = errors.movedim(0, -2)
+    weights = _rank(by_pixel.flatten(-2), foreground.movedim(0, -2).flatten(-2))
+    return weights.reshape(by_pixel.shape).movedim(-2, 0)
 
 
 def hinge_losses(logits: Tensor, foreground: Tensor, valid: Optional[Tensor], per_image: bool) -> Tensor:
@@ -83,12 +83,14 @@ def hinge_losses(logits: Tensor, foreground: Tensor, valid: Optional[Tensor], pe
     Returns:
         the losses ``(B,)``, or ``(1,)`` for a batch-wide group.
     """
-    errors = (1.0 - torch.where(foreground, logits, -logits)).relu()
-    keys = errors.detach()
+    margins = torch.where(foreground, -logits, logits)
+    errors = (1.0 + margins).relu()
+    # The margins order the errors without the rounding of the sum.
+    keys = margins.detach()
     if valid is not None:
         foreground = foreground & valid
         errors = errors.masked_fill(~valid, 0.0)
-        keys = keys.masked_fill(~valid, -1.0)
+        keys = keys.masked_fill(~valid, float("-inf"))
     weights = _rank_groups(keys, foreground, per_image)
     # A weight of 0 leaves its pixel out; multiplied with an infinite error it would be nan.
     losses = (errors.masked_fill(weights == 0, 0.0) * weights).sum(-1)

@@ -99,7 +99,7 @@ class TestLovaszSoftmaxLoss(BaseTester):
             lovasz_softmax_loss(pred, target[:1])
         with pytest.raises(ValueError, match="pred and target must be in the same device"):
             lovasz_softmax_loss(pred, target.to("meta"))
-        with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none'. Got: None"):
+        with pytest.raises(ValueError, match=r"reduction must be 'mean', 'sum' or 'none'\. Got: None"):
             lovasz_softmax_loss(pred, target, reduction=None)
         with pytest.raises((AttributeError, TypeError)):
             lovasz_softmax_loss(pred.tolist(), target)

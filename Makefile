@@ -1,0 +1,60 @@
+# Everything runs in a virtual environment that the first target to need it creates.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CONSTRAINTS = constraints.txt
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Where the composed package keeps the overlay's files.
+OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
+
+.PHONY: help demo test lint types pytest doctest docs test-torch clean
+
+help:
+	@echo "make demo        train a segmentation network on real handwriting, with and without the Lovász stage"
+	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
+	@echo "make docs        the documentation, into docs/build/html"
+	@echo "make test-torch TORCH=2.5.1   the tests alone, with another release of PyTorch"
+	@echo "make lint | types | pytest | doctest   one part of the check"
+	@echo "make clean       remove what the other targets made"
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/segment.py $(ARGS)
+
+test: lint types pytest doctest docs
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/flake8 kornia
+
+types: $(VENV)/installed
+	$(BIN)/ty check --python $(VENV) $(OVERLAY)
+
+pytest: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+doctest: $(VENV)/installed
+	$(BIN)/python -m pytest --doctest-modules $(OVERLAY)
+
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx -W --keep-going -b html docs/source docs/build/html
+
+# torch alone first: it is pinned exactly, and nothing may pull another build of it.
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS) fork/compose.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c $(CONSTRAINTS) "pip>=25.1"
+	$(PIP) install -c $(CONSTRAINTS) torch numpy
+	$(PIP) install -c $(CONSTRAINTS) -e . --group dev --group docs --group examples
+	touch $@
+
+# Another release of PyTorch gets an environment of its own. The examples and the documentation need newer ones.
+test-torch:
+	@test -n "$(TORCH)" || { echo "say which release: make test-torch TORCH=2.5.1"; exit 2; }
+	$(PYTHON) -m venv .venv-torch-$(TORCH)
+	mkdir -p build && sed "s/^torch==.*/torch==$(TORCH)/" $(CONSTRAINTS) > build/constraints-torch-$(TORCH).txt
+	.venv-torch-$(TORCH)/bin/python -m pip install -q -c build/constraints-torch-$(TORCH).txt "pip>=25.1"
+	.venv-torch-$(TORCH)/bin/python -m pip install -q -c build/constraints-torch-$(TORCH).txt -e . --group dev
+	.venv-torch-$(TORCH)/bin/python -m pytest tests fork
+
+clean:
+	rm -rf $(VENV) .venv-torch-* build docs/build demo-output

@@ -1,0 +1,41 @@
+"""Settings of the documentation: ``make docs``."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+SOURCE = Path(__file__).parent
+sys.path.insert(0, str(SOURCE))
+
+import figures  # noqa: E402 - found through the line above
+
+figures.draw_all(SOURCE / "_generated")
+
+pyproject = tomllib.loads((SOURCE / "../../pyproject.toml").read_text(encoding="utf-8"))
+project = "Kornia with exact Lovász losses"
+author = "the maintainers of this fork"
+copyright = author
+release = pyproject["project"]["version"]
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+intersphinx_mapping = {}
+nitpicky = True
+# Names of the release, documented in its own documentation.
+nitpick_ignore_regex = [(r"py:.*", r"torch\..*|ProcessGroup|ShapeError|BaseError|TypeCheckError")]
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+copybutton_prompt_text = ">>> "
+
+html_theme = "furo"
+html_title = f"Kornia with exact Lovász losses {release}"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+exclude_patterns = ["_generated"]

@@ -1,0 +1,114 @@
+"""The figures of the documentation, drawn anew at every build: ``python docs/source/figures.py FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+
+from kornia.losses import lovasz_hinge_loss
+
+FOREGROUND, BACKGROUND, OURS, TEXTBOOK = "#2a6f97", "#e07a1f", "#2a6f97", "#b23a48"
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+}
+
+
+def jaccard_steps(foreground: list[bool]) -> list[float]:
+    """Jaccard loss of the wrong sets that grow pixel by pixel in the given order, from none to all."""
+    total, k, m = sum(foreground), 0, 0
+    steps = [0.0]
+    for is_foreground in foreground:
+        k, m = k + is_foreground, m + (not is_foreground)
+        steps.append(1 - (total - k) / (total + m))
+    return steps
+
+
+def draw_extension(path: Path) -> None:
+    """The loss of nine pixels as an area, and the weights that the same order gives them."""
+    errors = [1.7, 1.45, 1.3, 1.05, 0.9, 0.7, 0.5, 0.35, 0.15]
+    foreground = [False, True, False, True, True, False, False, True, False]
+    steps = jaccard_steps(foreground)
+    colours = [FOREGROUND if f else BACKGROUND for f in foreground]
+
+    figure, (area, bars) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    bounds = [*errors, 0.0]
+    for i in range(len(errors)):
+        area.fill_between([bounds[i + 1], bounds[i]], steps[i + 1], color="#dfe7ee", lw=0)
+        area.plot([bounds[i + 1], bounds[i]], [steps[i + 1]] * 2, color="#33475b", lw=1.5)
+        area.plot([errors[i]] * 2, [steps[i], steps[i + 1]], color=colours[i], lw=3, solid_capstyle="butt")
+    area.set(xlim=(0, 1.8), ylim=(0, 1.05), xlabel="threshold $t$", ylabel=r"$\Delta_J(\{e_i > t\})$")
+    area.set_title("the loss is the area", loc="left", fontsize=12)
+
+    weights = [after - before for before, after in zip(steps, steps[1:])]
+    bars.bar(range(1, len(weights) + 1), weights, color=colours, width=0.7)
+    bars.set(xlabel="rank of the error, largest first", ylabel="weight $w_i$", xticks=range(1, len(weights) + 1))
+    bars.set_title("each pixel's weight is its step", loc="left", fontsize=12)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (FOREGROUND, BACKGROUND)]
+    bars.legend(handles, ["foreground pixel", "background pixel"], frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def textbook_gradient(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Gradient of the hinge loss as usually written: differences of the Jaccard curve, in the dtype of ``pred``."""
+    labels = target.to(pred.dtype)
+    signs = 2 * labels - 1
+    errors, order = (1 - pred * signs).sort(descending=True)
+    sorted_labels = labels[order]
+    total = sorted_labels.sum()
+    curve = 1 - (total - sorted_labels.cumsum(0)) / (total + (1 - sorted_labels).cumsum(0))
+    weights = torch.cat([curve[:1], curve[1:] - curve[:-1]]) * (errors > 0)
+    return torch.empty_like(pred).scatter(0, order, weights) * -signs
+
+
+def draw_gradient_error(path: Path) -> None:
+    """Relative error of the float32 gradient against float64, for images of growing size."""
+    sides = [64, 128, 256, 512, 1024, 2048]
+    ours, textbook = [], []
+    for side in sides:
+        generator = torch.Generator().manual_seed(side)
+        pred = torch.randn(side * side, generator=generator)
+        target = (torch.rand(side * side, generator=generator) < 0.1).long()
+        # float64 counts are exact and its differences lose little: the reference comes from the textbook form
+        reference = textbook_gradient(pred.double(), target)
+        leaf = pred.reshape(1, 1, side, side).requires_grad_()
+        lovasz_hinge_loss(leaf, target.reshape(1, side, side)).backward()
+        for errors, gradient in ((ours, leaf.grad.flatten()), (textbook, textbook_gradient(pred.detach(), target))):
+            errors.append(((gradient.double() - reference).norm() / reference.norm()).item())
+
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for errors, colour, name in (
+        (textbook, TEXTBOOK, "differences of the Jaccard curve"),
+        (ours, OURS, "closed form (this package)"),
+    ):
+        axis.loglog(sides, errors, "o-", color=colour)
+        axis.annotate(name, (sides[-1], max(errors)), (0, 10), textcoords="offset points", ha="right", color=colour)
+    axis.set_xticks(sides, [f"{side}²" for side in sides])
+    axis.minorticks_off()
+    axis.set(xlabel="pixels", ylabel="relative gradient error", ylim=(1e-9, 3))
+    axis.grid(axis="y", color="#e5e5e5")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_all(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        draw_extension(folder / "extension.png")
+        draw_gradient_error(folder / "gradient_error.png")
+
+
+if __name__ == "__main__":
+    draw_all(Path(sys.argv[1]))
