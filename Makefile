@@ -7,10 +7,11 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where the composed package keeps the overlay's files.
 OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
 
-.PHONY: help demo test lint types pytest doctest docs test-torch clean
+.PHONY: help demo bench test lint types pytest doctest bench-smoke docs test-torch clean
 
 help:
 	@echo "make demo        train a segmentation network on real handwriting, with and without the Lovász stage"
+	@echo "make bench       time, memory and accuracy beside Kornia 0.9.0 and cross-entropy"
 	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
 	@echo "make docs        the documentation, into docs/build/html"
 	@echo "make test-torch TORCH=2.5.1   the tests alone, with another release of PyTorch"
@@ -20,7 +21,10 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/python examples/segment.py $(ARGS)
 
-test: lint types pytest doctest docs
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+test: lint types pytest doctest bench-smoke docs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -35,6 +39,10 @@ pytest: $(VENV)/installed
 
 doctest: $(VENV)/installed
 	$(BIN)/python -m pytest --doctest-modules $(OVERLAY)
+
+# Everything the benchmark does, once, on tiny inputs: it must not rot between the runs that count.
+bench-smoke: $(VENV)/installed
+	$(BIN)/python benchmarks/run.py --smoke --out build/bench-smoke
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going -b html docs/source docs/build/html

@@ -14,14 +14,35 @@ which cancel once an image has many pixels; the counts here are integers, so not
 
 The weights depend on the order of the errors only. Once ranked, the loss is linear in the errors, and the ranking
 needs no autograd graph: every derivative comes from the linear part.
+
+There are two rankings, and :func:`_is_sparse` says which one runs:
+
+- *dense* ranks every pixel, in tensors whose shapes depend on the shapes of the input alone. It serves
+  ``torch.compile``, ``torch.export``, functorch, forward-mode derivatives, CUDA and small inputs.
+- *sparse* ranks only the pixels that can have a weight, and writes the gradient along with the loss, straight into
+  the one buffer that backward hands out. It serves ordinary training on the CPU, where it costs about as much as
+  cross-entropy. :class:`_Sparse` falls back on the dense form for second derivatives.
 """
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+import math
+from functools import partial
+from typing import Any, Callable, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
+
+from ._utils import mask_ignore_pixels
+
+Classes = Union[str, Sequence[int]]
+
+# With fewer logits of several classes, all are ranked densely: one large step is faster than one for each class.
+_MIN_SPARSE = 1 << 17
+# PyTorch sorts shorter vectors of integers by comparison.
+_MIN_DIGITS = 1 << 15
+# Pixels whose weights are computed at a time in the sparse form.
+_PIECE = 1 << 16
 
 
 def check_options(reduction: str, num_bins: Optional[int], group: Optional[object]) -> None:
@@ -32,114 +53,248 @@ def check_options(reduction: str, num_bins: Optional[int], group: Optional[objec
         raise NotImplementedError("num_bins and group are not available yet: leave both at None for the exact loss")
 
 
-def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
-    """Reduce the losses of the groups; the mean over no group is 0."""
-    if reduction == "none":
-        return losses
-    return losses.sum() / max(1, losses.shape[0]) if reduction == "mean" else losses.sum()
+def mask_labels(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
+    """Replace the labels to ignore by 0, and say where the others are: None if that is everywhere."""
+    if labels.device.type == "cpu" and labels.dtype == torch.int64 and _is_eager(labels) and labels.numel() > 0:
+        # The most frequent case costs one pass over the labels.
+        low, high = (int(label) for label in torch.aminmax(labels))
+        if low >= 0 and high < num_classes and (ignore_index is None or not low <= ignore_index <= high):
+            return labels, None
+    return mask_ignore_pixels(labels, ignore_index)
 
 
-def _closed_form(foreground: Tensor, k: Tensor, m: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weight of each pixel from its integer counts ``k`` and ``m`` and the foreground size ``G = total``."""
-    union = total + m
-    # The background ratio is 0 / 0 for the largest error of an absent class and nowhere else: its weight is 1.
-    ratio = torch.where(union > 1, (total - k).to(dtype) / (union - 1).to(dtype), 1.0)
-    return torch.where(foreground, 1.0, ratio) / union.to(dtype)
-
-
-def _rank(errors: Tensor, foreground: Tensor) -> Tensor:
-    """Weights of the errors ``(*, N)``, ranked along the last dimension, without a data-dependent shape.
-
-    Pixels to ignore must be background with an error below every valid one. They then rank last, where the weight of
-    a background pixel is 0, unless there is no valid pixel at all.
-    """
-    order = errors.argsort(dim=-1, descending=True, stable=True)
-    is_foreground = foreground.gather(-1, order)
-    k = is_foreground.cumsum(-1, dtype=torch.int32)
-    m = torch.arange(1, errors.shape[-1] + 1, dtype=torch.int32, device=errors.device) - k
-    total = foreground.sum(-1, keepdim=True, dtype=torch.int32)
-    weights = _closed_form(is_foreground, k, m, total, errors.dtype)
-    return torch.zeros_like(errors).scatter(-1, order, weights)
-
-
-def _rank_groups(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
-    """Weights of the errors ``(B, *, N)``, ranked within each image or within the whole batch."""
-    if per_image:
-        return _rank(errors, foreground)
-    by_pixel = errors.movedim(0, -2)
-    weights = _rank(by_pixel.flatten(-2), foreground.movedim(0, -2).flatten(-2))
-    return weights.reshape(by_pixel.shape).movedim(-2, 0)
-
-
-def hinge_losses(logits: Tensor, foreground: Tensor, valid: Optional[Tensor], per_image: bool) -> Tensor:
-    """Lovász hinge loss of each group (Yu and Blaschko 2015; Berman et al. 2018, section 2.2).
+def hinge_loss(logits: Tensor, labels: Tensor, valid: Optional[Tensor], per_image: bool, reduction: str) -> Tensor:
+    """Lovász hinge loss (Yu and Blaschko 2015; Berman et al. 2018, section 2.2), reduced over the groups.
 
     Args:
         logits: float32 or float64 ``(B, N)``.
-        foreground: bool ``(B, N)``.
+        labels: 0 and 1, of any dtype, ``(B, N)``; 0 where ``valid`` is False.
         valid: bool ``(B, N)``, False for the pixels to ignore, or None.
         per_image: whether each image is a group; otherwise the batch is one.
-
-    Returns:
-        the losses ``(B,)``, or ``(1,)`` for a batch-wide group.
+        reduction: "mean", "sum" or "none".
     """
-    margins = torch.where(foreground, -logits, logits)
-    errors = (1.0 + margins).relu()
-    # The margins order the errors without the rounding of the sum.
-    keys = margins.detach()
-    if valid is not None:
-        foreground = foreground & valid
-        errors = errors.masked_fill(~valid, 0.0)
-        keys = keys.masked_fill(~valid, float("-inf"))
-    weights = _rank_groups(keys, foreground, per_image)
-    # A weight of 0 leaves its pixel out; multiplied with an infinite error it would be nan.
-    losses = (errors.masked_fill(weights == 0, 0.0) * weights).sum(-1)
-    return losses if per_image else losses.sum(0, keepdim=True)
+    divisor = _divisor(logits, per_image, reduction)
+    arguments = (labels, valid, per_image, divisor)
+    losses = _losses(logits, partial(_hinge_dense, *arguments), partial(_hinge_sparse, *arguments))
+    return losses if reduction == "none" else losses.sum()
 
 
-def class_coefficients(
-    classes: Union[str, Sequence[int]], weight: Optional[Tensor], present: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Factor of each class in the loss of each group, from ``present`` ``(groups, C)``: a mean over ``classes``."""
-    if classes == "present":
-        averaged = present.to(dtype)
-    elif classes == "all":
-        averaged = torch.ones_like(present, dtype=dtype)
-    else:
-        chosen = torch.tensor(list(classes), device=present.device)
-        averaged = torch.zeros_like(present, dtype=dtype).index_fill(-1, chosen, 1.0)
-    mean = averaged / averaged.sum(-1, keepdim=True).clamp(min=1.0)
-    return mean if weight is None else mean * weight.to(dtype)
-
-
-def softmax_losses(
+def softmax_loss(
     logits: Tensor,
     labels: Tensor,
     valid: Optional[Tensor],
     weight: Optional[Tensor],
-    classes: Union[str, Sequence[int]],
+    classes: Classes,
     per_image: bool,
+    reduction: str,
 ) -> Tensor:
-    """Lovász-Softmax loss of each group (Berman et al. 2018, section 3.2).
+    """Lovász-Softmax loss (Berman et al. 2018, section 3.2), reduced over the groups.
 
     The error of class ``c`` is its probability where the label differs and, where the label is ``c``, the sum of the
-    other probabilities, which is exact where ``1 - p`` would round to 0.
+    other probabilities, which is exact where ``1 - p`` would round to 0. For the same reason, a foreground weight is
+    applied to the other probabilities of its pixel: the loss becomes ``sum(p * h)`` over the classes that are not the
+    label, with ``h`` the background weight there plus the foreground weight of the pixel. Nothing cancels in that.
 
     Args:
-        logits: float32 or float64 ``(B, C, N)``.
-        labels: int64 ``(B, N)`` in ``[0, C)``, any of them where ``valid`` is False.
-        valid: bool ``(B, N)``, False for the pixels to ignore, or None.
+        logits: float32 or float64 ``(B, C, H, W)``.
+        labels: int64 ``(B, H, W)`` in ``[0, C)``; 0 where ``valid`` is False.
+        valid: bool ``(B, H, W)``, False for the pixels to ignore, or None.
         weight: factor of each class ``(C,)`` or None.
         classes: "all", "present" or the indices of the classes to average.
         per_image: whether each image is a group; otherwise the batch is one.
-
-    Returns:
-        the losses ``(B,)``, or ``(1,)`` for a batch-wide group.
+        reduction: "mean", "sum" or "none".
     """
-    labels = labels.unsqueeze(1)
+    divisor = _divisor(logits, per_image, reduction)
+    arguments = (labels, valid, weight, classes, per_image, divisor)
+    dense, sparse = partial(_softmax_dense, *arguments), partial(_softmax_sparse, *arguments)
+    # The gradient of a weight needs the term of each class, which the sparse form does not keep.
+    learnt = weight is not None and weight.requires_grad
+    losses = dense(logits) if learnt or logits.numel() < _MIN_SPARSE else _losses(logits, dense, sparse)
+    return losses if reduction == "none" else losses.sum()
+
+
+def _divisor(logits: Tensor, per_image: bool, reduction: str) -> int:
+    """What the mean over the groups divides by: their number, and 1 for an empty batch, whose loss is 0."""
+    return max(1, logits.shape[0]) if per_image and reduction == "mean" else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which ranking runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _is_eager(tensor: Tensor) -> bool:
+    """Whether the values of a tensor may decide what is computed."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)  # neither fake, as in torch.export, nor another subclass
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+    )
+
+
+def _is_sparse(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.numel() > 0 and _is_eager(logits) and not _is_dual(logits)
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _losses(logits: Tensor, dense: Callable[[Tensor], Tensor], sparse: Callable[..., Any]) -> Tensor:
+    """Losses of the groups by the ranking that suits the logits."""
+    if not _is_sparse(logits):
+        return dense(logits)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Sparse.apply(logits, dense, sparse)
+    return sparse(logits, with_gradient=False)[0]
+
+
+class _Sparse(torch.autograd.Function):
+    """Losses ``(groups,)`` whose gradient is computed along with them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, dense: Callable[[Tensor], Tensor], sparse: Callable[..., Any]) -> Tensor:
+        losses, ctx.gradient = sparse(logits, with_gradient=True)
+        ctx.dense, ctx.sparse = dense, sparse
+        ctx.save_for_backward(logits)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad_losses,) = grad_outputs
+        plain = not (torch._C._functorch.is_legacy_batchedtensor(grad_losses) or _is_dual(grad_losses))
+        if torch.is_grad_enabled() or not plain:  # a derivative of the gradient, or many gradients at once
+            (logits,) = ctx.saved_tensors
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                losses = ctx.dense(logits)
+            return *torch.autograd.grad(losses, logits, grad_losses, create_graph=create_graph), None, None
+        # The buffer is handed out, to be neither copied nor kept. It has to be filled again for a second backward.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            gradient = ctx.sparse(*ctx.saved_tensors, with_gradient=True)[1]
+        if not (grad_losses == 1).all():  # most often it is 1, as the mean is part of the gradient already
+            gradient.view(len(grad_losses), -1).mul_(grad_losses.unsqueeze(1))
+        return gradient, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The closed form
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sorted_weights(
+    background: Tensor, total: Union[Tensor, int], dtype: torch.dtype, before: int = 0, alarms: Union[Tensor, int] = 0
+) -> Tensor:
+    """Weights of pixels in the order of descending errors, along the last dimension.
+
+    Args:
+        background: int32 ``(*, N)``, 1 for a background pixel and 0 for a foreground pixel.
+        total: the foreground size ``G``, which may count pixels that are not ranked.
+        dtype: of the weights.
+        before: how many pixels rank before these.
+        alarms: how many of them are background.
+    """
+    count = background.shape[-1]
+    before_each = torch.arange(before, before + count, dtype=torch.int32, device=background.device)
+    union = background.cumsum(-1, dtype=torch.int32) + (total + alarms)
+    # Of the union before this pixel, a foreground pixel keeps all and a background pixel the foreground not yet
+    # passed, G - k: one expression in exact integers. It is 0 / 0 for the largest error of an absent class only.
+    previous = union - 1
+    kept = previous - background * before_each
+    return (kept.to(dtype) / previous).nan_to_num(1.0) / union
+
+
+def _descending_keys(errors: Tensor) -> Tensor:
+    """Integers whose ascending order is the descending order of the errors.
+
+    On the CPU, PyTorch sorts a vector of integers by their digits, several times as fast as floating-point numbers. The
+    bits of a number order it, once those of a negative number are inverted; inverting all makes the order descending.
+    """
+    bits = errors.view(torch.int32 if errors.dtype == torch.float32 else torch.int64)
+    keys = (bits >> (8 * bits.element_size() - 1)).bitwise_and_(torch.iinfo(bits.dtype).max)
+    return keys.bitwise_xor_(bits).bitwise_not_()
+
+
+def _descending_order(errors: Tensor) -> Tensor:
+    """Stable order of the errors ``(*, N)`` along the last dimension, the largest first."""
+    if (
+        errors.device.type == "cpu"
+        and errors.dtype == torch.float32
+        and _is_eager(errors)
+        and errors.numel() >= _MIN_DIGITS
+    ):
+        # All rows as one vector, the number of the row before the digits of the error.
+        keys = _descending_keys(errors).reshape(-1, errors.shape[-1]).to(torch.int64)
+        row = torch.arange(len(keys)).unsqueeze(-1)
+        order = keys.add_(row << keys.element_size() * 4).flatten().sort(stable=True).indices
+        return (order.view_as(keys) - row * keys.shape[-1]).view_as(errors)
+    return errors.argsort(dim=-1, descending=True, stable=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _rank_dense(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
+    """Weights of the errors ``(B, *, N)``, ranked within each image or within the whole batch.
+
+    Pixels to ignore must be background with an error below every valid one. They then rank last, where the weight of
+    a background pixel is 0, unless there is no valid pixel at all.
+    """
+    if not per_image:
+        by_pixel = errors.movedim(0, -2)
+        weights = _rank_dense(by_pixel.flatten(-2), foreground.movedim(0, -2).flatten(-2), True)
+        return weights.reshape(by_pixel.shape).movedim(-2, 0)
+    order = _descending_order(errors)
+    background = (~foreground).to(torch.int32).gather(-1, order)
+    total = foreground.sum(-1, keepdim=True, dtype=torch.int32)
+    return torch.zeros_like(errors).scatter(-1, order, _sorted_weights(background, total, errors.dtype))
+
+
+def _hinge_dense(labels: Tensor, valid: Optional[Tensor], per_image: bool, divisor: int, logits: Tensor) -> Tensor:
+    foreground = labels == 1
+    # The error is 1 + margin. Ranking the margins spares it the rounding of the sum.
+    margins = torch.where(foreground, -logits, logits)
+    errors = (1.0 + margins).relu()
+    margins = margins.detach()
+    if valid is not None:
+        errors = errors.masked_fill(~valid, 0.0)
+        margins = margins.masked_fill(~valid, float("-inf"))
+    weights = _rank_dense(margins, foreground, per_image)
+    # A weight of 0 leaves its pixel out; multiplied with an infinite error it would be nan.
+    losses = (errors.masked_fill(weights == 0, 0.0) * weights).sum(-1)
+    return (losses if per_image else losses.sum(0, keepdim=True)) / divisor
+
+
+def _class_factors(
+    classes: Classes, weight: Optional[Tensor], present: Tensor, divisor: int, dtype: torch.dtype
+) -> Tensor:
+    """Factor of each class in the loss of each group, from ``present`` ``(groups, C)``: a mean over ``classes``."""
+    if isinstance(classes, str):
+        averaged = (present if classes == "present" else torch.ones_like(present)).to(dtype)
+    else:
+        chosen = torch.tensor(list(classes), device=present.device)
+        averaged = torch.zeros_like(present, dtype=dtype).index_fill(-1, chosen, 1.0)
+    mean = averaged / averaged.sum(-1, keepdim=True).clamp(min=1.0) / divisor
+    return mean if weight is None else mean * weight.to(dtype)
+
+
+def _softmax_dense(
+    labels: Tensor,
+    valid: Optional[Tensor],
+    weight: Optional[Tensor],
+    classes: Classes,
+    per_image: bool,
+    divisor: int,
+    logits: Tensor,
+) -> Tensor:
+    logits, labels = logits.flatten(2), labels.flatten(1).unsqueeze(1)
     foreground = labels == torch.arange(logits.shape[1], device=logits.device).unsqueeze(-1)
     if valid is not None:
-        valid = valid.unsqueeze(1)
+        valid = valid.flatten(1).unsqueeze(1)
         logits = logits.masked_fill(~valid, 0.0)
         foreground = foreground & valid
     probabilities = logits.softmax(1)
@@ -148,14 +303,199 @@ def softmax_losses(
     errors = torch.where(foreground, others.sum(1, keepdim=True), others)
     if valid is not None:
         errors = errors.masked_fill(~valid, -1.0)
-    weights = _rank_groups(errors, foreground, per_image)
+    weights = _rank_dense(errors, foreground, per_image)
 
     present = foreground.any(-1) if per_image else foreground.any(-1).any(0, keepdim=True)
-    weights = weights * class_coefficients(classes, weight, present, logits.dtype).unsqueeze(-1)
-    # As the probabilities of a pixel sum to 1, its foreground error is the sum of the others: moving the foreground
-    # weight onto them leaves a form without a constant, that neither cancels nor loses a small gradient.
+    weights = weights * _class_factors(classes, weight, present, divisor, logits.dtype).unsqueeze(-1)
     weights = (weights + weights.gather(1, labels)).masked_fill(foreground, 0.0)
     if valid is not None:
         weights = weights.masked_fill(~valid, 0.0)
     losses = (probabilities * weights).sum((1, 2))
     return losses if per_image else losses.sum(0, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sparse
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _rank_sparse(errors: Tensor, background: Tensor, total: int) -> Tensor:
+    """Weights of a vector of errors, or of any increasing function of them.
+
+    Args:
+        errors: ``(N,)``.
+        background: bool ``(N,)``.
+        total: the size of the whole foreground, of which the vector may hold a part.
+    """
+    order = _descending_keys(errors).sort(stable=True).indices
+    weights, alarms = torch.empty_like(errors), 0
+    # A piece at a time, the intermediate results stay in the cache.
+    for start in range(0, len(order), _PIECE):
+        piece = order[start : start + _PIECE]
+        flags = background.index_select(0, piece).to(torch.int32)
+        weights.scatter_(0, piece, _sorted_weights(flags, total, errors.dtype, start, alarms))
+        if start + _PIECE < len(order):
+            alarms += int(flags.sum())
+    return weights
+
+
+def _pixels(mask: Tensor) -> Tensor:
+    return mask.nonzero().squeeze(1)
+
+
+def _hinge_sparse(
+    labels: Tensor, valid: Optional[Tensor], per_image: bool, divisor: int, logits: Tensor, with_gradient: bool
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Losses of the groups and their gradient ``(B, N)``: only pixels with a positive error are ranked."""
+    groups = (logits.shape[0], -1) if per_image else (1, -1)
+    labels = labels.reshape(groups)
+    margins = (1.0 - 2.0 * labels.to(logits.dtype)).mul_(logits.reshape(groups))
+    # not at most -1, rather than above: a nan must not be dropped
+    wrong = (margins <= -1.0).logical_not_()
+    if valid is not None:
+        wrong &= valid.reshape(groups)
+    gradient = torch.zeros_like(margins) if with_gradient else None
+    losses = []
+    for g, total in enumerate(labels.sum(1, dtype=torch.int64).tolist()):
+        pixels = _pixels(wrong[g])
+        if total == 0 and len(pixels) > 0:  # only the largest error counts
+            pixels = pixels[margins[g].index_select(0, pixels).argmax()].unsqueeze(0)
+        margin = margins[g].index_select(0, pixels)
+        background = labels[g].index_select(0, pixels) == 0
+        weights = _rank_sparse(margin, background, total)
+        if gradient is not None:
+            directions = background.to(weights.dtype).mul_(2.0 / divisor).sub_(1.0 / divisor)
+            gradient[g].index_copy_(0, pixels, directions.mul_(weights))
+        loss = margin.add_(1.0).mul(weights).sum().item()
+        if math.isnan(loss):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
+            loss = margin.masked_fill_(weights == 0, 0.0).mul_(weights).sum().item()
+        losses.append(loss / divisor)
+    return logits.new_tensor(losses), None if gradient is None else gradient.view_as(logits)
+
+
+def _softmax_sparse(
+    labels: Tensor,
+    valid: Optional[Tensor],
+    weight: Optional[Tensor],
+    classes: Classes,
+    per_image: bool,
+    divisor: int,
+    logits: Tensor,
+    with_gradient: bool,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Losses of the groups and their gradient ``(B, C, H, W)``, one group after the other."""
+    batch, num_classes = logits.shape[:2]
+    if valid is not None:
+        labels = labels.masked_fill(~valid, num_classes)
+    # Sorting the labels collects the pixels of each class, the ignored ones last; small integers sort fastest.
+    narrow = torch.uint8 if num_classes < 256 else torch.int32
+    keys = labels.flatten(1).to(narrow)
+    counts = torch.stack([image.bincount(minlength=num_classes + 1) for image in keys])[:, :num_classes]
+    pixels = [
+        image.sort(stable=True).indices.split([*count, len(image) - sum(count)])
+        for image, count in zip(keys, counts.tolist())
+    ]
+    group_counts = counts if per_image else counts.sum(0, keepdim=True)
+    factors = _class_factors(classes, weight, group_counts > 0, divisor, logits.dtype)
+
+    losses = logits.new_zeros(len(factors))
+    # Without a gradient, the groups share one buffer.
+    kept = batch if with_gradient or not per_image else 1
+    buffer = torch.empty((kept, *logits.shape[1:]), dtype=logits.dtype)
+    for g in range(len(factors)):
+        images = slice(g, g + 1) if per_image else slice(None)
+        losses[g] = _softmax_group(
+            logits[images],
+            pixels[images],
+            None if valid is None else valid[images],
+            group_counts[g].tolist(),
+            factors[g].tolist(),
+            buffer[images] if kept == batch else buffer,
+            with_gradient,
+        )
+    return losses, buffer if with_gradient else None
+
+
+def _softmax_group(
+    logits: Tensor,
+    pixels: Sequence[Sequence[Tensor]],
+    valid: Optional[Tensor],
+    counts: Sequence[int],
+    factors: Sequence[float],
+    buffer: Tensor,
+    with_gradient: bool,
+) -> Tensor:
+    """Loss of one group of images ``(K, C, H, W)``; its gradient is left in ``buffer``, a tensor of that shape.
+
+    Args:
+        logits: of the group.
+        pixels: the pixels of each class in each image.
+        valid: bool ``(K, H, W)`` or None.
+        counts: the pixels of each class in the group.
+        factors: the factor of each class in the loss.
+        buffer: contiguous, overwritten.
+        with_gradient: whether the gradient is wanted.
+    """
+    for image, probabilities in zip(logits, buffer):
+        torch.softmax(image, 0, out=probabilities)
+    if valid is not None:
+        buffer.masked_fill_(~valid.unsqueeze(1), 0.0)
+    rows = buffer.flatten(2)
+    # A foreground error is the sum of the other probabilities. So the probability of the label is kept aside, for the
+    # gradient, and 0 stands in its place: it is then no false alarm of its class either.
+    labelled = [
+        (row, of_class, row.index_select(0, of_class))
+        for image, of_image in zip(rows, pixels)
+        for row, of_class in zip(image, of_image)
+        if len(of_class) > 0
+    ]
+    for row, of_class, _ in labelled:
+        row.index_fill_(0, of_class, 0.0)
+    others = rows.sum(1)
+
+    # With h as in softmax_loss: lift is the part of h that the classes of a pixel share, the foreground weight, and
+    # share is sum(p * h), the part of the pixel in the loss. The gradient is p * (h - share). 0 * others is 0, or nan.
+    share, lift = others * 0.0, torch.zeros_like(others)
+    alarms: list[tuple[Tensor, Tensor, Tensor]] = []
+    for c, (count, factor) in enumerate(zip(counts, factors)):
+        if count == 0 or factor == 0:
+            continue
+        missed = [of_image[c] for of_image in pixels]
+        missed_errors = [errors.index_select(0, found) for errors, found in zip(others, missed)]
+        # Where no foreground is left to pass, the weight of the background is 0.
+        smallest = torch.cat(missed_errors).min()
+        wrong = [_pixels(row > smallest) for row in rows[:, c]]
+        wrong_errors = [row.index_select(0, found) for row, found in zip(rows[:, c], wrong)]
+        errors = torch.cat([*missed_errors, *wrong_errors])
+        background = torch.ones(len(errors), dtype=torch.bool)
+        background[:count] = False
+        weights = _rank_sparse(errors, background, count).mul_(factor)
+        sizes = [len(found) for found in (*missed, *wrong)]
+        weights_of, parts_of = weights.split(sizes), errors.mul_(weights).split(sizes)
+        for k, found in enumerate(missed):
+            lift[k].index_copy_(0, found, weights_of[k])
+        for k, (found, parts) in enumerate(zip((*missed, *wrong), parts_of)):
+            share[k % len(rows)].index_add_(0, found, parts)
+        if with_gradient:
+            alarms += zip(rows[:, c], [found.to(torch.int32) for found in wrong], parts_of[len(rows) :])
+
+    absent = [c for c, (count, factor) in enumerate(zip(counts, factors)) if count == 0 and factor != 0]
+    if absent:  # their largest probability alone counts: its line, then its place in the line
+        chosen = torch.tensor(absent)
+        lines = buffer.amax(-1)[:, chosen].movedim(0, 1).flatten(1).argmax(-1)
+        image, line = lines // buffer.shape[2], lines % buffer.shape[2]
+        candidates = buffer[image, chosen, line]
+        parts, column = candidates.max(-1)
+        parts = parts * torch.tensor([factors[c] for c in absent], dtype=parts.dtype)
+        found = line * buffer.shape[3] + column
+        share.view(-1).index_add_(0, image * rows.shape[2] + found, parts)
+        alarms.append((buffer.view(-1), (image * rows.shape[1] + chosen) * rows.shape[2] + found, parts))
+
+    if with_gradient:
+        rows.mul_((lift - share).unsqueeze(1))
+        for row, found, parts in alarms:
+            row.index_add_(0, found, parts)
+        shares = [image for image, of_image in zip(share, pixels) for of_class in of_image[:-1] if len(of_class) > 0]
+        for (row, of_class, probability), image in zip(labelled, shares):
+            row.index_copy_(0, of_class, probability.mul_(image.index_select(0, of_class)).neg_())
+    return share.sum()

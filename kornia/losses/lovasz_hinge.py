@@ -9,25 +9,24 @@ from torch import Tensor, nn
 from kornia.core.check import KORNIA_CHECK_SHAPE
 from kornia.core.utils import is_compiling
 
-from ._lovasz import check_options, hinge_losses, reduce_losses
-from ._utils import mask_ignore_pixels
+from ._lovasz import check_options, hinge_loss, mask_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _check_binary(labels: Tensor, foreground: Tensor, ignore_index: Optional[int]) -> None:
+def _check_binary(labels: Tensor, ignore_index: Optional[int]) -> None:
     """Raise for CPU labels other than 0 and 1; on CUDA the check would wait for the device."""
     if labels.device.type != "cpu" or torch._C._are_functorch_transforms_active():
         return
-    binary = (labels == foreground).all()
+    binary = (labels == 0) | (labels == 1)
     expected = "target must hold 0 for the background and 1 for the foreground"
     if ignore_index is not None:
         expected += f", or ignore_index={ignore_index} for pixels to ignore"
     if is_compiling():
-        torch._assert_async(binary, expected)
-    elif not binary:
-        raise ValueError(f"{expected}. Got: {labels[labels != foreground].unique()[:5].tolist()}")
+        torch._assert_async(binary.all(), expected)
+    elif not binary.all():
+        raise ValueError(f"{expected}. Got: {labels[~binary].unique()[:5].tolist()}")
 
 
 def lovasz_hinge_loss(
@@ -111,10 +110,10 @@ def lovasz_hinge_loss(
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32)).flatten(1)
     # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
     labels = target.flatten(1) if target.is_floating_point() else target.flatten(1).to(torch.int64)
-    labels, valid = mask_ignore_pixels(labels, ignore_index)
-    foreground = labels == 1
-    _check_binary(labels, foreground, ignore_index)
-    loss = reduce_losses(hinge_losses(logits, foreground, valid, per_image), reduction)
+    labels, valid = mask_labels(labels, 2, ignore_index)
+    if valid is not None or ignore_index is None:  # otherwise mask_labels has seen that all are 0 and 1
+        _check_binary(labels, ignore_index)
+    loss = hinge_loss(logits, labels, valid, per_image, reduction)
     return loss.to(pred.dtype) if pred.is_floating_point() else loss
 
 

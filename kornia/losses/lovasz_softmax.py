@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from kornia.core.check import KORNIA_CHECK, KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
 
-from ._lovasz import check_options, reduce_losses, softmax_losses
-from ._utils import mask_ignore_pixels
+from ._lovasz import check_options, mask_labels, softmax_loss
 from .one_hot import _check_class_labels
 
 if TYPE_CHECKING:
@@ -133,11 +132,11 @@ def lovasz_softmax_loss(
     _check_classes(classes, num_classes)
     check_options(reduction, num_bins, group)
 
-    logits = pred.to(torch.promote_types(pred.dtype, torch.float32)).flatten(2)
-    labels, valid = mask_ignore_pixels(target.flatten(1).to(torch.int64), ignore_index)
+    logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
+    labels, valid = mask_labels(target.to(torch.int64), num_classes, ignore_index)
     labels = _check_class_labels(labels, num_classes)
-    logits = logits.expand(labels.shape[0], -1, -1)
-    loss = reduce_losses(softmax_losses(logits, labels, valid, weight, classes, per_image), reduction)
+    logits = logits.expand(labels.shape[0], -1, -1, -1)
+    loss = softmax_loss(logits, labels, valid, weight, classes, per_image, reduction)
     return loss.to(pred.dtype if weight is None else torch.promote_types(pred.dtype, weight.dtype))
 
 

@@ -77,6 +77,18 @@ def make_distinct(device, dtype, height=3, width=5, seed=0):
     return pred.reshape(1, 1, height, width).to(device, dtype), target.reshape(1, height, width).to(device)
 
 
+@pytest.fixture(autouse=True, params=["dense", "sparse"])
+def ranking(request, monkeypatch):
+    """Every test runs with both rankings, whatever the size of its inputs."""
+    monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
+    if request.param == "dense":
+        monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
+
+
+# Compiled code ranks densely: comparing it with eager code is enough, once.
+sparse_only = pytest.mark.parametrize("ranking", ["sparse"], indirect=True)
+
+
 class TestLovaszHingeLoss(BaseTester):
     def test_smoke(self, device, dtype):
         pred = torch.randn(2, 1, 3, 4, device=device, dtype=dtype, requires_grad=True)
@@ -440,6 +452,7 @@ class TestLovaszHingeLoss(BaseTester):
             expected = lovasz_hinge_loss(pred, target, **{**options, "reduction": "none"})
             self.assert_close(single, expected, rtol=1e-12, atol=0.0)
 
+    @sparse_only
     @pytest.mark.parametrize(("options", "dynamic"), [({}, False), *((options, True) for options in OPTIONS)])
     def test_dynamo(self, device, torch_optimizer, options, dynamic):
         compiled = torch_optimizer(LovaszHingeLoss(**options), fullgraph=True, dynamic=dynamic)
@@ -455,12 +468,14 @@ class TestLovaszHingeLoss(BaseTester):
             self.assert_close(actual, expected, rtol=1e-6, atol=0.0)
             self.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-9)
 
+    @sparse_only
     def test_dynamo_exception(self, torch_optimizer, optimizer_backend):
         compiled = torch_optimizer(lovasz_hinge_loss, fullgraph=True)
         pred, target = make_inputs("cpu", torch.float32)
         with pytest.raises(RuntimeError, match="0 for the background and 1 for the foreground"):
             compiled(pred, target + 1)
 
+    @sparse_only
     def test_export(self, device):
         pred, target = make_inputs(device, torch.float32)
         target[0, 0] = -100

@@ -56,6 +56,18 @@ def make_inputs(device, dtype, shape=(3, 4, 5, 6), seed=0, labels=None):
     return pred.to(device, dtype), target.to(device)
 
 
+@pytest.fixture(autouse=True, params=["dense", "sparse"])
+def ranking(request, monkeypatch):
+    """Every test runs with both rankings, whatever the size of its inputs."""
+    monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
+    if request.param == "dense":
+        monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
+
+
+# Compiled code ranks densely: comparing it with eager code is enough, once.
+sparse_only = pytest.mark.parametrize("ranking", ["sparse"], indirect=True)
+
+
 class TestLovaszSoftmaxLoss(BaseTester):
     def test_smoke(self, device, dtype):
         pred = torch.randn(2, 3, 4, 5, device=device, dtype=dtype, requires_grad=True)
@@ -523,6 +535,7 @@ class TestLovaszSoftmaxLoss(BaseTester):
             expected = lovasz_softmax_loss(pred, target, **{**options, "reduction": "none"})
             self.assert_close(single, expected, rtol=1e-12, atol=0.0)
 
+    @sparse_only
     @pytest.mark.parametrize(("options", "dynamic"), [({}, False), *((options, True) for options in OPTIONS)])
     def test_dynamo(self, device, torch_optimizer, options, dynamic):
         compiled = torch_optimizer(lovasz_softmax_loss, fullgraph=True, dynamic=dynamic)
@@ -538,12 +551,14 @@ class TestLovaszSoftmaxLoss(BaseTester):
             self.assert_close(actual, expected, rtol=1e-6, atol=0.0)
             self.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-8)
 
+    @sparse_only
     def test_dynamo_exception(self, torch_optimizer, optimizer_backend):
         compiled = torch_optimizer(lovasz_softmax_loss, fullgraph=True)
         pred, target = make_inputs("cpu", torch.float32)
         with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
             compiled(pred, target + 4)
 
+    @sparse_only
     def test_export(self, device):
         pred, target = make_inputs(device, torch.float32)
         target[0, 0] = -100

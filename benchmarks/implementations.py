@@ -1,0 +1,83 @@
+"""What is compared: each entry maps logits and labels to a loss, averaged over images."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fork.compose import fetch_release, load_release_module  # noqa: E402 - found through the line above
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+OURS, BASELINE, RELEASE = "this fork", "cross-entropy", "Kornia 0.9.0"
+
+
+def textbook_terms(errors: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
+    """Lovász extension of each row ``(R, N)`` as usually written: sorted errors times differences of the curve."""
+    errors, order = errors.sort(dim=1, descending=True)
+    foreground = foreground.gather(1, order)
+    total = foreground.sum(1, keepdim=True)
+    curve = 1 - (total - foreground.cumsum(1)) / (total + (1 - foreground).cumsum(1))
+    return (errors * torch.diff(curve, dim=1, prepend=torch.zeros_like(total))).sum(1)
+
+
+def textbook_hinge(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    labels = target.flatten(1).to(pred.dtype)
+    return textbook_terms((1 - pred.flatten(1) * (2 * labels - 1)).relu(), labels).mean()
+
+
+def textbook_softmax(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    one_hot = F.one_hot(target, pred.shape[1]).movedim(-1, 1).to(pred.dtype).flatten(2).flatten(0, 1)
+    probabilities = pred.softmax(1).flatten(2).flatten(0, 1)
+    return textbook_terms((probabilities - one_hot).abs(), one_hot).mean()
+
+
+def binary_cross_entropy(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy_with_logits(pred[:, 0], target.to(pred.dtype))
+
+
+@functools.cache
+def peers() -> dict[str, dict[str, Loss]]:
+    """Implementations of other packages, as far as they are installed."""
+    found: dict[str, dict[str, Loss]] = {}
+    try:
+        smp = importlib.import_module("segmentation_models_pytorch.losses")
+        found["segmentation-models-pytorch"] = {
+            "softmax": smp.LovaszLoss("multiclass", per_image=True),
+            "hinge": smp.LovaszLoss("binary", per_image=True),
+        }
+    except (ImportError, RuntimeError) as error:
+        print(f"segmentation-models-pytorch is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+    try:
+        toolbelt = importlib.import_module("pytorch_toolbelt.losses")
+        softmax, hinge = toolbelt.LovaszLoss(per_image=True), toolbelt.BinaryLovaszLoss(per_image=True)
+        found["pytorch-toolbelt"] = {
+            "softmax": lambda pred, target: softmax(pred.softmax(1), target),
+            "hinge": lambda pred, target: hinge(pred, target[:, None]),
+        }
+    except (ImportError, RuntimeError) as error:
+        print(f"pytorch-toolbelt is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+    return found
+
+
+def implementations(kind: str) -> dict[str, Loss]:
+    """Implementations of one kind of loss, "softmax" or "hinge", under the names that the tables show."""
+    wheel = fetch_release(ROOT)
+    release = load_release_module(wheel, f"kornia.losses.lovasz_{kind}")
+    return {
+        OURS: lovasz_softmax_loss if kind == "softmax" else lovasz_hinge_loss,
+        BASELINE: F.cross_entropy if kind == "softmax" else binary_cross_entropy,
+        RELEASE: getattr(release, f"lovasz_{kind}_loss"),
+        "textbook": textbook_softmax if kind == "softmax" else textbook_hinge,
+        **{name: losses[kind] for name, losses in peers().items()},
+    }
