@@ -60,6 +60,7 @@ def make_inputs(device, dtype, shape=(3, 4, 5, 6), seed=0, labels=None):
 def ranking(request, monkeypatch):
     """Every test runs with both rankings, whatever the size of its inputs."""
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
+    monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 1)
     if request.param == "dense":
         monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
 
@@ -419,6 +420,71 @@ class TestLovaszSoftmaxLoss(BaseTester):
         target[:, :256] = 1
         loss = lovasz_softmax_loss(pred, target)
         self.assert_close(loss.item(), 0.5, rtol=RTOL[half], atol=0.0)
+
+    @pytest.mark.parametrize(
+        "options",
+        ({}, {"per_image": False, "classes": "present", "ignore_index": 1}, {"classes": [2, 4], "reduction": "sum"}),
+    )
+    def test_feature_rankings_agree(self, device, dtype, options, monkeypatch):
+        # the same gradient from either ranking, and from the sparse one in pieces of any length
+        pred, target = make_inputs(device, dtype, (2, 5, 40, 50))
+        pred = pred + torch.rand(pred.shape, device=device, dtype=dtype)
+        results = []
+        for is_sparse, piece in ((False, 1), (True, 7), (True, 1000), (True, 1 << 20)):
+            with monkeypatch.context() as patch:
+                patch.setattr("kornia.losses._lovasz._PIECE", piece)
+                if not is_sparse:
+                    patch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
+                leaf = pred.clone().requires_grad_()
+                loss = lovasz_softmax_loss(leaf, target, **options)
+                loss.backward()
+                results.append((loss.detach(), leaf.grad))
+        for loss, grad in results[1:]:
+            self.assert_close(loss, results[0][0], rtol=RTOL[dtype], atol=0.0)
+            self.assert_close(grad.double().sum(), results[0][1].double().sum(), rtol=1e-2, atol=1e-5)
+            if dtype in (torch.float32, torch.float64):  # few logits are equal there
+                difference = (grad - results[0][1]).norm() / results[0][1].norm()
+                assert difference < (1e-5 if dtype == torch.float32 else 1e-12)
+
+    def test_feature_repeated_backward(self, device, dtype):
+        pred, target = make_inputs(device, dtype)
+        pred.requires_grad_()
+        losses = lovasz_softmax_loss(pred, target, reduction="none")
+        upstream = torch.tensor([1.0, -2.0, 0.5], device=device, dtype=dtype)
+        (first,) = torch.autograd.grad(losses, pred, torch.ones_like(losses), retain_graph=True)
+        kept = first.clone()
+        (second,) = torch.autograd.grad(losses, pred, torch.ones_like(losses), retain_graph=True)
+        (scaled,) = torch.autograd.grad(losses, pred, upstream)
+        assert torch.equal(first, second)
+        assert torch.equal(first, kept)
+        assert first.data_ptr() != second.data_ptr()
+        self.assert_close(scaled, first * upstream.view(-1, 1, 1, 1), rtol=2 * RTOL[dtype], atol=1e-7)
+
+    def test_feature_part_of_a_sum(self, device, dtype):
+        # mixed with another loss, through a network, and accumulated over steps
+        pred, target = make_inputs(device, dtype)
+        scale = torch.full((), 1.5, device=device, dtype=dtype, requires_grad=True)
+        (lovasz_softmax_loss(pred * scale, target) * 0.25 + (pred * scale).square().mean()).backward()
+        once = scale.grad.clone()
+        (lovasz_softmax_loss(pred * scale, target) * 0.25 + (pred * scale).square().mean()).backward()
+        self.assert_close(scale.grad, 2 * once)
+        leaf = (pred * 1.5).requires_grad_()
+        lovasz_softmax_loss(leaf, target).backward()
+        expected = (0.25 * leaf.grad * pred).sum() + 2 * 1.5 * pred.square().mean()
+        self.assert_close(once, expected, rtol=4 * RTOL[dtype] + 1e-5, atol=1e-4)
+
+    def test_feature_without_gradient(self, device, dtype):
+        pred, target = make_inputs(device, dtype)
+        target[0, 0] = -100
+        pred.requires_grad_()
+        for options in ({}, {"per_image": False}, {"reduction": "none"}):
+            expected = lovasz_softmax_loss(pred, target, **options)
+            assert expected.requires_grad
+            assert torch.equal(lovasz_softmax_loss(pred.detach(), target, **options), expected)
+            with torch.no_grad():
+                assert torch.equal(lovasz_softmax_loss(pred, target, **options), expected)
+            with torch.inference_mode():
+                assert torch.equal(lovasz_softmax_loss(pred, target, **options), expected)
 
     def test_noncontiguous(self, device, dtype):
         pred, target = make_inputs(device, dtype)
