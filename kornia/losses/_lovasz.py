@@ -42,7 +42,7 @@ _MIN_SPARSE = 1 << 17
 # PyTorch sorts shorter vectors of integers by comparison.
 _MIN_DIGITS = 1 << 15
 # Pixels whose weights are computed at a time in the sparse form.
-_PIECE = 1 << 16
+_PIECE = 1 << 15
 
 
 def check_options(reduction: str, num_bins: Optional[int], group: Optional[object]) -> None:

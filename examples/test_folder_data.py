@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+import torch
+from folder_data import DataError, read_folder
+from PIL import Image
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three RGB images, 6 wide and 4 high, and masks with the labels 0 and 1 in their left and right half."""
+    mask = np.zeros((4, 6), np.uint8)
+    mask[:, 3:] = 1
+    for index, stem in enumerate("abc"):
+        save(tmp_path / "images" / f"{stem}.png", np.full((4, 6, 3), 51 * index, np.uint8))
+        save(tmp_path / "masks" / f"{stem}.png", mask)
+    return tmp_path
+
+
+def read(folder, **options):
+    options = {"size": 4, "binary": True} | options
+    return read_folder(folder / "images", folder / "masks", **options)
+
+
+def masks(folder, *values):
+    """Replace the masks: one for each value, filled with it but for a first row of zeros."""
+    for stem, value in zip("abc", values, strict=True):
+        mask = np.full((4, 6), value, np.uint8)
+        mask[0] = 0
+        save(folder / "masks" / f"{stem}.png", mask)
+
+
+class TestReading:
+    def test_pairs_sizes_and_values(self, folder):
+        data = read(folder)
+        assert data.stems == ("a", "b", "c")
+        assert data.images.shape == (3, 3, 4, 4)
+        assert data.images.dtype == torch.float32
+        assert torch.allclose(data.images, torch.tensor([0, 0.2, 0.4]).view(3, 1, 1, 1).expand_as(data.images))
+        assert data.labels.dtype == torch.int64
+        assert torch.equal(data.labels, torch.tensor([0, 0, 1, 1]).expand(3, 4, 4))
+
+    def test_scaling_invents_no_labels(self, folder):
+        masks(folder, 4, 4, 4)
+        assert set(read(folder, binary=False, size=32).labels.unique().tolist()) == {0, 4}
+
+    def test_endings_need_not_agree(self, folder):
+        (folder / "images" / "a.png").unlink()
+        save(folder / "images" / "a.jpg", np.full((4, 6), 255, np.uint8))
+        assert read(folder).images[0].min() > 0.98
+
+    def test_sixteen_bit_grey_keeps_its_range(self, folder):
+        save(folder / "images" / "a.png", np.full((4, 6), 32768, np.uint16))
+        assert torch.allclose(read(folder).images[0], torch.tensor(0.5), atol=1e-3)
+
+    def test_palette_mask_gives_indices(self, folder):
+        mask = Image.fromarray(np.full((4, 6), 2, np.uint8)).convert("P")
+        mask.putpalette([0, 0, 0, 255, 255, 255, 200, 10, 10])
+        mask.putdata([2] * 24)
+        mask.save(folder / "masks" / "a.png")
+        assert read(folder, binary=False).labels[0].unique().tolist() == [2]
+
+    def test_masks_of_other_images_are_left_aside(self, folder):
+        save(folder / "masks" / "unused.png", np.zeros((1, 1), np.uint8))
+        assert read(folder).stems == ("a", "b", "c")
+
+
+class TestLabels:
+    def test_255_is_foreground_where_no_mask_holds_1(self, folder):
+        masks(folder, 0, 255, 255)
+        assert read(folder).labels.unique().tolist() == [0, 1]
+
+    def test_255_is_ignored_where_a_mask_holds_1(self, folder):
+        masks(folder, 1, 255, 0)
+        labels = read(folder).labels
+        assert [label.unique().tolist() for label in labels] == [[0, 1], [0, 255], [0]]
+
+    def test_number_of_classes_is_inferred(self, folder):
+        masks(folder, 3, 255, 5)
+        data = read(folder, binary=False)
+        assert data.num_classes == 6
+        assert data.labels.unique().tolist() == [0, 3, 5, 255]
+
+    def test_number_of_classes_is_taken(self, folder):
+        assert read(folder, binary=False, num_classes=9).num_classes == 9
+
+
+class TestErrors:
+    """Every message is one line and names the file."""
+
+    def fails(self, folder, *expected, **options):
+        with pytest.raises(DataError) as caught:
+            read(folder, **options)
+        message = str(caught.value)
+        assert "\n" not in message
+        for text in expected:
+            assert str(text) in message
+
+    def test_no_folder(self, tmp_path):
+        self.fails(tmp_path, tmp_path / "images", "no such folder")
+
+    def test_empty_folder(self, folder):
+        for path in (folder / "images").iterdir():
+            path.unlink()
+        self.fails(folder, folder / "images", "empty")
+
+    def test_too_few_pairs(self, folder):
+        (folder / "images" / "a.png").unlink()
+        self.fails(folder, folder / "images", "2 images", "at least 3")
+
+    def test_missing_mask(self, folder):
+        (folder / "masks" / "b.png").unlink()
+        self.fails(folder, folder / "images" / "b.png", "no mask", folder / "masks")
+
+    def test_two_files_of_one_name(self, folder):
+        save(folder / "images" / "b.jpg", np.zeros((4, 6), np.uint8))
+        self.fails(folder, folder / "images" / "b.png", "b.jpg")
+
+    def test_sizes_differ(self, folder):
+        save(folder / "masks" / "b.png", np.zeros((6, 4), np.uint8))
+        self.fails(folder, folder / "masks" / "b.png", "4x6", folder / "images" / "b.png", "6x4")
+
+    @pytest.mark.parametrize("place", ["images", "masks"])
+    def test_not_an_image(self, folder, place):
+        (folder / place / "b.png").write_text("not an image")
+        self.fails(folder, folder / place / "b.png", "cannot be read")
+
+    def test_cut_short(self, folder):
+        path = folder / "images" / "b.png"
+        save(path, np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+        path.write_bytes(path.read_bytes()[:2000])
+        self.fails(folder, path, "cannot be read")
+
+    def test_colour_mask(self, folder):
+        save(folder / "masks" / "b.png", np.zeros((4, 6, 3), np.uint8))
+        self.fails(folder, folder / "masks" / "b.png", "RGB", "one channel")
+
+    def test_binary_label_out_of_range(self, folder):
+        masks(folder, 1, 2, 1)
+        self.fails(folder, folder / "masks" / "b.png", "label 2", "0 and 1")
+
+    def test_class_out_of_range(self, folder):
+        masks(folder, 1, 7, 1)
+        self.fails(folder, folder / "masks" / "b.png", "label 7", "0 to 4", binary=False, num_classes=5)
+
+    def test_everything_ignored(self, folder):
+        save(folder / "masks" / "b.png", np.full((4, 6), 255, np.uint8))
+        self.fails(folder, folder / "masks" / "b.png", "ignores every pixel")
