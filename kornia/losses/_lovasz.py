@@ -39,10 +39,10 @@ Classes = Union[str, Sequence[int]]
 
 # With fewer logits of several classes, all are ranked densely: one large step is faster than one for each class.
 _MIN_SPARSE = 1 << 17
-# PyTorch sorts shorter vectors of integers by comparison.
+# PyTorch sorts shorter vectors of integers by comparison, which costs more than padding one of a fifth of this length.
 _MIN_DIGITS = 1 << 15
 # Pixels whose weights are computed at a time in the sparse form.
-_PIECE = 1 << 15
+_PIECE = 1 << 16
 
 
 def check_options(reduction: str, num_bins: Optional[int], group: Optional[object]) -> None:
@@ -174,7 +174,8 @@ class _Sparse(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             gradient = ctx.sparse(*ctx.saved_tensors, with_gradient=True)[1]
-        if not (grad_losses == 1).all():  # most often it is 1, as the mean is part of the gradient already
+        # Most often this is 1, as the gradient includes the divisor of the mean.
+        if any(factor != 1.0 for factor in grad_losses.tolist()):
             gradient.view(len(grad_losses), -1).mul_(grad_losses.unsqueeze(1))
         return gradient, None, None
 
@@ -206,31 +207,32 @@ def _sorted_weights(
     return (kept.to(dtype) / previous).nan_to_num(1.0) / union
 
 
-def _descending_keys(errors: Tensor) -> Tensor:
-    """Integers whose ascending order is the descending order of the errors.
-
-    On the CPU, PyTorch sorts a vector of integers by their digits, several times as fast as floating-point numbers. The
-    bits of a number order it, once those of a negative number are inverted; inverting all makes the order descending.
-    """
-    bits = errors.view(torch.int32 if errors.dtype == torch.float32 else torch.int64)
-    keys = (bits >> (8 * bits.element_size() - 1)).bitwise_and_(torch.iinfo(bits.dtype).max)
-    return keys.bitwise_xor_(bits).bitwise_not_()
-
-
 def _descending_order(errors: Tensor) -> Tensor:
     """Stable order of the errors ``(*, N)`` along the last dimension, the largest first."""
-    if (
-        errors.device.type == "cpu"
-        and errors.dtype == torch.float32
-        and _is_eager(errors)
-        and errors.numel() >= _MIN_DIGITS
-    ):
-        # All rows as one vector, the number of the row before the digits of the error.
-        keys = _descending_keys(errors).reshape(-1, errors.shape[-1]).to(torch.int64)
-        row = torch.arange(len(keys)).unsqueeze(-1)
-        order = keys.add_(row << keys.element_size() * 4).flatten().sort(stable=True).indices
-        return (order.view_as(keys) - row * keys.shape[-1]).view_as(errors)
-    return errors.argsort(dim=-1, descending=True, stable=True)
+    rows = math.prod(errors.shape[:-1])
+    by_digits = errors.device.type == "cpu" and _is_eager(errors) and errors.numel() > _MIN_DIGITS // 5
+    if not by_digits or (rows > 1 and errors.dtype != torch.float32):
+        return errors.argsort(dim=-1, descending=True, stable=True)
+    # On the CPU, PyTorch sorts a vector of integers by their digits, several times as fast as floating-point numbers.
+    # The bits of a number order it, once those of a negative number are inverted; inverting all makes it descend.
+    bits = errors.view(torch.int32 if errors.dtype == torch.float32 else torch.int64)
+    keys = (bits >> (8 * bits.element_size() - 1)).bitwise_and_(torch.iinfo(bits.dtype).max)
+    keys = keys.bitwise_xor_(bits).bitwise_not_().view(rows, -1)
+    if rows == 1:
+        return _order_by_digits(keys[0]).view_as(errors)
+    # All rows as one vector, the number of the row before the digits of the error.
+    row = torch.arange(rows).unsqueeze(-1)
+    order = _order_by_digits(((row << 32) + keys).flatten())
+    return (order.view_as(keys) - row * keys.shape[-1]).view_as(errors)
+
+
+def _order_by_digits(keys: Tensor) -> Tensor:
+    """Stable ascending order of a vector of integers."""
+    count = len(keys)
+    if count < _MIN_DIGITS:
+        last = keys.new_full((_MIN_DIGITS - count,), torch.iinfo(keys.dtype).max)
+        keys = torch.cat([keys, last])
+    return keys.sort(stable=True).indices[:count]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def _rank_dense(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
     order = _descending_order(errors)
     background = (~foreground).to(torch.int32).gather(-1, order)
     total = foreground.sum(-1, keepdim=True, dtype=torch.int32)
-    return torch.zeros_like(errors).scatter(-1, order, _sorted_weights(background, total, errors.dtype))
+    return errors.scatter(-1, order, _sorted_weights(background, total, errors.dtype))
 
 
 def _hinge_dense(labels: Tensor, valid: Optional[Tensor], per_image: bool, divisor: int, logits: Tensor) -> Tensor:
@@ -265,7 +267,7 @@ def _hinge_dense(labels: Tensor, valid: Optional[Tensor], per_image: bool, divis
         margins = margins.masked_fill(~valid, float("-inf"))
     weights = _rank_dense(margins, foreground, per_image)
     # A weight of 0 leaves its pixel out; multiplied with an infinite error it would be nan.
-    losses = (errors.masked_fill(weights == 0, 0.0) * weights).sum(-1)
+    losses = (errors.masked_fill((weights == 0) & errors.isinf(), 0.0) * weights).sum(-1)
     return (losses if per_image else losses.sum(0, keepdim=True)) / divisor
 
 
@@ -319,20 +321,20 @@ def _softmax_dense(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rank_sparse(errors: Tensor, background: Tensor, total: int) -> Tensor:
+def _rank_sparse(errors: Tensor, is_background: Callable[[Tensor], Tensor], total: int) -> Tensor:
     """Weights of a vector of errors, or of any increasing function of them.
 
     Args:
         errors: ``(N,)``.
-        background: bool ``(N,)``.
+        is_background: which of the indices given are background, bool.
         total: the size of the whole foreground, of which the vector may hold a part.
     """
-    order = _descending_keys(errors).sort(stable=True).indices
+    order = _descending_order(errors)
     weights, alarms = torch.empty_like(errors), 0
     # A piece at a time, the intermediate results stay in the cache.
     for start in range(0, len(order), _PIECE):
         piece = order[start : start + _PIECE]
-        flags = background.index_select(0, piece).to(torch.int32)
+        flags = is_background(piece).to(torch.int32)
         weights.scatter_(0, piece, _sorted_weights(flags, total, errors.dtype, start, alarms))
         if start + _PIECE < len(order):
             alarms += int(flags.sum())
@@ -362,13 +364,13 @@ def _hinge_sparse(
             pixels = pixels[margins[g].index_select(0, pixels).argmax()].unsqueeze(0)
         margin = margins[g].index_select(0, pixels)
         background = labels[g].index_select(0, pixels) == 0
-        weights = _rank_sparse(margin, background, total)
+        weights = _rank_sparse(margin, partial(background.index_select, 0), total)
         if gradient is not None:
             directions = background.to(weights.dtype).mul_(2.0 / divisor).sub_(1.0 / divisor)
             gradient[g].index_copy_(0, pixels, directions.mul_(weights))
         loss = margin.add_(1.0).mul(weights).sum().item()
         if math.isnan(loss):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
-            loss = margin.masked_fill_(weights == 0, 0.0).mul_(weights).sum().item()
+            loss = margin.masked_fill_((weights == 0) & margin.isinf(), 0.0).mul_(weights).sum().item()
         losses.append(loss / divisor)
     return logits.new_tensor(losses), None if gradient is None else gradient.view_as(logits)
 
@@ -467,15 +469,13 @@ def _softmax_group(
         wrong = [_pixels(row > smallest) for row in rows[:, c]]
         wrong_errors = [row.index_select(0, found) for row, found in zip(rows[:, c], wrong)]
         errors = torch.cat([*missed_errors, *wrong_errors])
-        background = torch.ones(len(errors), dtype=torch.bool)
-        background[:count] = False
-        weights = _rank_sparse(errors, background, count).mul_(factor)
+        weights = _rank_sparse(errors, lambda indices, count=count: indices >= count, count).mul_(factor)
         sizes = [len(found) for found in (*missed, *wrong)]
         weights_of, parts_of = weights.split(sizes), errors.mul_(weights).split(sizes)
         for k, found in enumerate(missed):
             lift[k].index_copy_(0, found, weights_of[k])
         for k, (found, parts) in enumerate(zip((*missed, *wrong), parts_of)):
-            share[k % len(rows)].index_add_(0, found, parts)
+            share[k % len(rows)].scatter_add_(0, found, parts)
         if with_gradient:
             alarms += zip(rows[:, c], [found.to(torch.int32) for found in wrong], parts_of[len(rows) :])
 

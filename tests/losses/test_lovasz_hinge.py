@@ -81,7 +81,7 @@ def make_distinct(device, dtype, height=3, width=5, seed=0):
 def ranking(request, monkeypatch):
     """Every test runs with both rankings, whatever the size of its inputs."""
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
-    monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 1)
+    monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
     if request.param == "dense":
         monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
 
@@ -318,6 +318,15 @@ class TestLovaszHingeLoss(BaseTester):
         assert torch.isfinite(loss[1])
         assert torch.isnan(lovasz_hinge_loss(pred, target, per_image=False))
 
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    @pytest.mark.parametrize("label", [0, 1])
+    def test_feature_nan_of_either_sign(self, device, dtype, label, sign):
+        # whatever its sign bit, a nan must not rank where the weight is 0 and then count as nothing
+        pred = torch.tensor([[[[-4.0, 3.0, 2.0, 0.0]]]], device=device, dtype=dtype)
+        pred[..., 3] = torch.copysign(torch.tensor(float("nan")), torch.tensor(sign))
+        target = torch.tensor([[[1, 0, 0, label]]], device=device)
+        assert torch.isnan(lovasz_hinge_loss(pred, target))
+
     @pytest.mark.parametrize("inf", [float("inf"), float("-inf")])
     def test_feature_infinite_logits(self, device, dtype, inf):
         pred, target = make_inputs(device, dtype, (1, 3, 4))
@@ -365,9 +374,10 @@ class TestLovaszHingeLoss(BaseTester):
         pred, target = make_inputs(device, dtype, (2, 40, 50))
         pred = pred + torch.rand(pred.shape, device=device, dtype=dtype)
         results = []
-        for is_sparse, piece in ((False, 1), (True, 7), (True, 1000), (True, 1 << 20)):
+        for is_sparse, piece, digits in ((False, 1, 1 << 30), (True, 7, 4), (True, 1000, 1 << 12), (True, 1 << 20, 1)):
             with monkeypatch.context() as patch:
                 patch.setattr("kornia.losses._lovasz._PIECE", piece)
+                patch.setattr("kornia.losses._lovasz._MIN_DIGITS", digits)
                 if not is_sparse:
                     patch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
                 leaf = pred.clone().requires_grad_()

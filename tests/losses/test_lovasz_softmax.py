@@ -60,7 +60,7 @@ def make_inputs(device, dtype, shape=(3, 4, 5, 6), seed=0, labels=None):
 def ranking(request, monkeypatch):
     """Every test runs with both rankings, whatever the size of its inputs."""
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
-    monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 1)
+    monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
     if request.param == "dense":
         monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
 
@@ -430,9 +430,10 @@ class TestLovaszSoftmaxLoss(BaseTester):
         pred, target = make_inputs(device, dtype, (2, 5, 40, 50))
         pred = pred + torch.rand(pred.shape, device=device, dtype=dtype)
         results = []
-        for is_sparse, piece in ((False, 1), (True, 7), (True, 1000), (True, 1 << 20)):
+        for is_sparse, piece, digits in ((False, 1, 1 << 30), (True, 7, 4), (True, 1000, 1 << 12), (True, 1 << 20, 1)):
             with monkeypatch.context() as patch:
                 patch.setattr("kornia.losses._lovasz._PIECE", piece)
+                patch.setattr("kornia.losses._lovasz._MIN_DIGITS", digits)
                 if not is_sparse:
                     patch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
                 leaf = pred.clone().requires_grad_()
