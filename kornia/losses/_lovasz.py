@@ -41,6 +41,8 @@ Classes = Union[str, Sequence[int]]
 _MIN_SPARSE = 1 << 17
 # PyTorch sorts shorter vectors of integers by comparison, which costs more than padding one of a fifth of this length.
 _MIN_DIGITS = 1 << 15
+# Errors ranked at a time in the dense form, unless one row is longer: the temporaries take some 40 bytes for each.
+_SLAB = 1 << 22
 # Pixels whose weights are computed at a time in the sparse form.
 _PIECE = 1 << 16
 
@@ -250,6 +252,11 @@ def _rank_dense(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
         by_pixel = errors.movedim(0, -2)
         weights = _rank_dense(by_pixel.flatten(-2), foreground.movedim(0, -2).flatten(-2), True)
         return weights.reshape(by_pixel.shape).movedim(-2, 0)
+    if errors.numel() > max(_SLAB, errors.shape[-1]) and _is_eager(errors):
+        # Sorting takes several times the memory of what is sorted: a few rows at a time.
+        rows = max(1, _SLAB // errors.shape[-1])
+        slabs = zip(errors.flatten(0, -2).split(rows), foreground.flatten(0, -2).split(rows))
+        return torch.cat([_rank_dense(*slab, True) for slab in slabs]).view_as(errors)
     order = _descending_order(errors)
     background = (~foreground).to(torch.int32).gather(-1, order)
     total = foreground.sum(-1, keepdim=True, dtype=torch.int32)
@@ -306,6 +313,7 @@ def _softmax_dense(
     if valid is not None:
         errors = errors.masked_fill(~valid, -1.0)
     weights = _rank_dense(errors, foreground, per_image)
+    del others, errors
 
     present = foreground.any(-1) if per_image else foreground.any(-1).any(0, keepdim=True)
     weights = weights * _class_factors(classes, weight, present, divisor, logits.dtype).unsqueeze(-1)

@@ -82,6 +82,7 @@ def ranking(request, monkeypatch):
     """Every test runs with both rankings, whatever the size of its inputs."""
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
+    monkeypatch.setattr("kornia.losses._lovasz._SLAB", 500)
     if request.param == "dense":
         monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
 
