@@ -233,13 +233,13 @@ def main() -> None:
 
     results: dict = {"machine": machine(args.device), "times": {}, "memory": {}, "sweep": {}, "errors": {}}
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("measuring", total=2 * len(jobs) + len(sweep) + len(sides) + 1)
+        task = progress.add_task("measuring", total=len(jobs) + len(sweep) + len(sides) + 1)
         for kind, shape, stage in jobs:
             label = describe(kind, shape, stage)
             results["times"][label] = measure_times(kind, shape, stage, args.device, rounds)
             progress.advance(task)
-            results["memory"][label] = measure_memory(kind, shape, stage, args.device)
-            progress.advance(task)
+            if stage == "late":
+                results["memory"][label] = measure_memory(kind, shape, stage, args.device)
         for shape in sweep:
             results["sweep"][shape[-1]] = measure_times("softmax", shape, "late", args.device, rounds)
             progress.advance(task)

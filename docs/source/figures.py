@@ -10,11 +10,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
-import torch
 
-from kornia.losses import lovasz_hinge_loss
-
-FOREGROUND, BACKGROUND, OURS, TEXTBOOK = "#2a6f97", "#e07a1f", "#2a6f97", "#b23a48"
+FOREGROUND, BACKGROUND = "#2a6f97", "#e07a1f"
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
@@ -61,53 +58,10 @@ def draw_extension(path: Path) -> None:
     plt.close(figure)
 
 
-def textbook_gradient(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Gradient of the hinge loss as usually written: differences of the Jaccard curve, in the dtype of ``pred``."""
-    labels = target.to(pred.dtype)
-    signs = 2 * labels - 1
-    errors, order = (1 - pred * signs).sort(descending=True)
-    sorted_labels = labels[order]
-    total = sorted_labels.sum()
-    curve = 1 - (total - sorted_labels.cumsum(0)) / (total + (1 - sorted_labels).cumsum(0))
-    weights = torch.cat([curve[:1], curve[1:] - curve[:-1]]) * (errors > 0)
-    return torch.empty_like(pred).scatter(0, order, weights) * -signs
-
-
-def draw_gradient_error(path: Path) -> None:
-    """Relative error of the float32 gradient against float64, for images of growing size."""
-    sides = [64, 128, 256, 512, 1024, 2048]
-    ours, textbook = [], []
-    for side in sides:
-        generator = torch.Generator().manual_seed(side)
-        pred = torch.randn(side * side, generator=generator)
-        target = (torch.rand(side * side, generator=generator) < 0.1).long()
-        # float64 counts are exact and its differences lose little: the reference comes from the textbook form
-        reference = textbook_gradient(pred.double(), target)
-        leaf = pred.reshape(1, 1, side, side).requires_grad_()
-        lovasz_hinge_loss(leaf, target.reshape(1, side, side)).backward()
-        for errors, gradient in ((ours, leaf.grad.flatten()), (textbook, textbook_gradient(pred.detach(), target))):
-            errors.append(((gradient.double() - reference).norm() / reference.norm()).item())
-
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for errors, colour, name in (
-        (textbook, TEXTBOOK, "differences of the Jaccard curve"),
-        (ours, OURS, "closed form (this package)"),
-    ):
-        axis.loglog(sides, errors, "o-", color=colour)
-        axis.annotate(name, (sides[-1], max(errors)), (0, 10), textcoords="offset points", ha="right", color=colour)
-    axis.set_xticks(sides, [f"{side}²" for side in sides])
-    axis.minorticks_off()
-    axis.set(xlabel="pixels", ylabel="relative gradient error", ylim=(1e-9, 3))
-    axis.grid(axis="y", color="#e5e5e5")
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def draw_all(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         draw_extension(folder / "extension.png")
-        draw_gradient_error(folder / "gradient_error.png")
 
 
 if __name__ == "__main__":

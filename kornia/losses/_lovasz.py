@@ -285,8 +285,9 @@ def _class_factors(
     if isinstance(classes, str):
         averaged = (present if classes == "present" else torch.ones_like(present)).to(dtype)
     else:
-        chosen = torch.tensor(list(classes), device=present.device)
-        averaged = torch.zeros_like(present, dtype=dtype).index_fill(-1, chosen, 1.0)
+        averaged = torch.zeros_like(present, dtype=dtype)
+        for c in classes:
+            averaged.select(-1, c).fill_(1.0)
     mean = averaged / averaged.sum(-1, keepdim=True).clamp(min=1.0) / divisor
     return mean if weight is None else mean * weight.to(dtype)
 
@@ -358,8 +359,9 @@ def _hinge_sparse(
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Losses of the groups and their gradient ``(B, N)``: only pixels with a positive error are ranked."""
     groups = (logits.shape[0], -1) if per_image else (1, -1)
-    labels = labels.reshape(groups)
-    margins = (1.0 - 2.0 * labels.to(logits.dtype)).mul_(logits.reshape(groups))
+    # In place where possible: fresh memory is faulted in at every call, which costs more than the arithmetic on it.
+    labels = labels.to(torch.int8).reshape(groups)
+    margins = labels.to(logits.dtype).mul_(-2.0).add_(1.0).mul_(logits.reshape(groups))
     # not at most -1, rather than above: a nan must not be dropped
     wrong = (margins <= -1.0).logical_not_()
     if valid is not None:
@@ -370,15 +372,16 @@ def _hinge_sparse(
         pixels = _pixels(wrong[g])
         if total == 0 and len(pixels) > 0:  # only the largest error counts
             pixels = pixels[margins[g].index_select(0, pixels).argmax()].unsqueeze(0)
-        margin = margins[g].index_select(0, pixels)
-        background = labels[g].index_select(0, pixels) == 0
-        weights = _rank_sparse(margin, partial(background.index_select, 0), total)
+        errors = margins[g].index_select(0, pixels)
+        background = labels[g].index_select(0, pixels).logical_not_()
+        weights = _rank_sparse(errors, partial(background.index_select, 0), total)
+        loss = errors.add_(1.0).mul_(weights).sum().item()
+        if math.isnan(loss):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
+            errors = margins[g].index_select(0, pixels).add_(1.0)
+            loss = errors.masked_fill_((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum().item()
         if gradient is not None:
             directions = background.to(weights.dtype).mul_(2.0 / divisor).sub_(1.0 / divisor)
             gradient[g].index_copy_(0, pixels, directions.mul_(weights))
-        loss = margin.add_(1.0).mul(weights).sum().item()
-        if math.isnan(loss):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
-            loss = margin.masked_fill_((weights == 0) & margin.isinf(), 0.0).mul_(weights).sum().item()
         losses.append(loss / divisor)
     return logits.new_tensor(losses), None if gradient is None else gradient.view_as(logits)
 
