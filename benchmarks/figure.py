@@ -42,10 +42,14 @@ def draw(raw: Path, path: Path) -> None:
             axis.set_xticks([int(tick) for tick in ticks], list(ticks))
             axis.minorticks_off()
             axis.grid(axis="y", color="#e8e8e8")
-            axis.legend(frameon=False)
+        last = max(row[name]["gradient"] for row in results["errors"].values())
+        error.annotate("the others coincide", (sides[-1], last), (-14, -2), textcoords="offset points", ha="right")
+        figure.legend(
+            *cost.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=10
+        )
         machine = results["machine"]
         note = f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}"
-        figure.text(1, 0, note, ha="right", va="top", fontsize=8, color="#777777")
+        figure.text(1, -0.04, note, ha="right", va="top", fontsize=8, color="#777777")
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
 
