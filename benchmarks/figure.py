@@ -49,7 +49,7 @@ def draw(raw: Path, path: Path) -> None:
         )
         machine = results["machine"]
         note = f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}"
-        figure.text(1, -0.04, note, ha="right", va="top", fontsize=8, color="#777777")
+        figure.text(1, 1.01, note, ha="right", va="bottom", fontsize=8, color="#777777")
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
 
