@@ -259,7 +259,8 @@ def _rank_dense(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
         return torch.cat([_rank_dense(*slab, True) for slab in slabs]).view_as(errors)
     order = _descending_order(errors)
     background = (~foreground).to(torch.int32).gather(-1, order)
-    total = foreground.sum(-1, keepdim=True, dtype=torch.int32)
+    # Counted in int64: Inductor of PyTorch 2.5 writes C++ that does not compile for a bool sum in int32.
+    total = foreground.sum(-1, keepdim=True).to(torch.int32)
     return errors.scatter(-1, order, _sorted_weights(background, total, errors.dtype))
 
 

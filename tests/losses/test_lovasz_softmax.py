@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from kornia.core._compat import torch_version_ge
 from kornia.core.exceptions import BaseError, ShapeError, TypeCheckError
 from kornia.losses import LovaszSoftmaxLoss, lovasz_softmax_loss
 
@@ -620,6 +621,7 @@ class TestLovaszSoftmaxLoss(BaseTester):
             self.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-8)
 
     @sparse_only
+    @pytest.mark.skipif(not torch_version_ge(2, 9), reason="Inductor drops asserts before PyTorch 2.9")
     def test_dynamo_exception(self, torch_optimizer, optimizer_backend):
         compiled = torch_optimizer(lovasz_softmax_loss, fullgraph=True)
         pred, target = make_inputs("cpu", torch.float32)
