@@ -7,7 +7,9 @@ documentation from them.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime as dt
+import gc
 import json
 import os
 import platform
@@ -93,10 +95,17 @@ def peak(kind: str, shape: tuple[int, ...], stage: str, name: str, device: torch
         before = torch.cuda.memory_allocated()
         loss(pred, target).backward()
         return (torch.cuda.max_memory_allocated() - before) / size
+    return_free_memory()
     before = resident_now()
     reset_resident_peak()
     loss(pred, target).backward()
     return (resident_peak() - before) / size
+
+
+def return_free_memory() -> None:
+    """Give what was freed back to the system: else the loss would take it up again, and seem to need none."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_now() -> int:

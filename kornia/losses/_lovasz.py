@@ -39,10 +39,14 @@ Classes = Union[str, Sequence[int]]
 
 # With fewer logits of several classes, all are ranked densely: one large step is faster than one for each class.
 _MIN_SPARSE = 1 << 17
+# With fewer logits of one class, all are ranked too, in as few steps as can be.
+_MIN_HINGE = 1 << 13
 # PyTorch sorts shorter vectors of integers by comparison, which costs more than padding one of a fifth of this length.
 _MIN_DIGITS = 1 << 15
 # Errors ranked at a time in the dense form, unless one row is longer: the temporaries take some 40 bytes for each.
 _SLAB = 1 << 22
+# Errors sorted at a time in the sparse form, about: sorting takes some 30 bytes for each.
+_MAX_SORT = 1 << 19
 # Pixels whose weights are computed at a time in the sparse form.
 _PIECE = 1 << 16
 
@@ -188,32 +192,34 @@ class _Sparse(torch.autograd.Function):
 
 
 def _sorted_weights(
-    background: Tensor, total: Union[Tensor, int], dtype: torch.dtype, before: int = 0, alarms: Union[Tensor, int] = 0
+    background: Tensor, dtype: torch.dtype, union_before: Optional[int] = None, before: int = 0
 ) -> Tensor:
     """Weights of pixels in the order of descending errors, along the last dimension.
 
     Args:
         background: int32 ``(*, N)``, 1 for a background pixel and 0 for a foreground pixel.
-        total: the foreground size ``G``, which may count pixels that are not ranked.
         dtype: of the weights.
+        union_before: the foreground size ``G`` plus the background that ranks before these pixels. None: these are
+            all there are.
         before: how many pixels rank before these.
-        alarms: how many of them are background.
     """
     count = background.shape[-1]
-    before_each = torch.arange(before, before + count, dtype=torch.int32, device=background.device)
-    union = background.cumsum(-1, dtype=torch.int32) + (total + alarms)
+    union = background.cumsum(-1, dtype=torch.int32)
+    union = union + (count - union[..., -1:] if union_before is None else union_before)
     # Of the union before this pixel, a foreground pixel keeps all and a background pixel the foreground not yet
-    # passed, G - k: one expression in exact integers. It is 0 / 0 for the largest error of an absent class only.
-    previous = union - 1
-    kept = previous - background * before_each
-    return (kept.to(dtype) / previous).nan_to_num(1.0) / union
+    # passed, G - k: one expression in exact integers. Where that union is empty, this pixel makes the whole loss.
+    previous = (union - 1).clamp(min=1)
+    kept = previous - background * torch.arange(before, before + count, dtype=torch.int32, device=background.device)
+    return kept.to(dtype) / previous / union
 
 
 def _descending_order(errors: Tensor) -> Tensor:
     """Stable order of the errors ``(*, N)`` along the last dimension, the largest first."""
     rows = math.prod(errors.shape[:-1])
-    by_digits = errors.device.type == "cpu" and _is_eager(errors) and errors.numel() > _MIN_DIGITS // 5
-    if not by_digits or (rows > 1 and errors.dtype != torch.float32):
+    least, dtypes = (
+        (_MIN_DIGITS // 5, (torch.float32, torch.float64)) if rows == 1 else (_MIN_DIGITS // 2, (torch.float32,))
+    )
+    if errors.numel() <= least or errors.dtype not in dtypes or errors.device.type != "cpu" or not _is_eager(errors):
         return errors.argsort(dim=-1, descending=True, stable=True)
     # On the CPU, PyTorch sorts a vector of integers by their digits, several times as fast as floating-point numbers.
     # The bits of a number order it, once those of a negative number are inverted; inverting all makes it descend.
@@ -257,11 +263,27 @@ def _rank_dense(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
         rows = max(1, _SLAB // errors.shape[-1])
         slabs = zip(errors.flatten(0, -2).split(rows), foreground.flatten(0, -2).split(rows))
         return torch.cat([_rank_dense(*slab, True) for slab in slabs]).view_as(errors)
+    if _is_sparse(errors):  # ranked densely all the same, being few
+        rows = (-1, errors.shape[-1])
+        return _rank_present(errors.reshape(rows), foreground.reshape(rows)).view_as(errors)
+    return _rank_rows(errors, foreground)
+
+
+def _rank_rows(errors: Tensor, foreground: Tensor) -> Tensor:
+    """Weights of the errors ``(*, N)`` along the last dimension."""
     order = _descending_order(errors)
     background = (~foreground).to(torch.int32).gather(-1, order)
-    # Counted in int64: Inductor of PyTorch 2.5 writes C++ that does not compile for a bool sum in int32.
-    total = foreground.sum(-1, keepdim=True).to(torch.int32)
-    return errors.scatter(-1, order, _sorted_weights(background, total, errors.dtype))
+    return errors.scatter(-1, order, _sorted_weights(background, errors.dtype))
+
+
+def _rank_present(errors: Tensor, foreground: Tensor) -> Tensor:
+    """The same for rows ``(R, N)``, only those with foreground sorted: of an absent class, the largest error counts."""
+    present = foreground.any(1)
+    if present.all():
+        return _rank_rows(errors, foreground)
+    weights = torch.zeros_like(errors).scatter_(1, errors.argmax(1, keepdim=True), 1.0)
+    rows = _pixels(present)
+    return weights.index_copy_(0, rows, _rank_rows(errors[rows], foreground[rows]))
 
 
 def _hinge_dense(labels: Tensor, valid: Optional[Tensor], per_image: bool, divisor: int, logits: Tensor) -> Tensor:
@@ -331,23 +353,27 @@ def _softmax_dense(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rank_sparse(errors: Tensor, is_background: Callable[[Tensor], Tensor], total: int) -> Tensor:
+def _rank_sparse(
+    errors: Tensor, is_background: Callable[[Tensor], Tensor], total: int, before: int = 0, alarms: int = 0
+) -> Tensor:
     """Weights of a vector of errors, or of any increasing function of them.
 
     Args:
         errors: ``(N,)``.
         is_background: which of the indices given are background, bool.
         total: the size of the whole foreground, of which the vector may hold a part.
+        before: how many larger errors were ranked before.
+        alarms: how many of those are background.
     """
     order = _descending_order(errors)
-    weights, alarms = torch.empty_like(errors), 0
+    weights = torch.empty_like(errors)
     # A piece at a time, the intermediate results stay in the cache.
     for start in range(0, len(order), _PIECE):
         piece = order[start : start + _PIECE]
-        flags = is_background(piece).to(torch.int32)
-        weights.scatter_(0, piece, _sorted_weights(flags, total, errors.dtype, start, alarms))
+        background = is_background(piece).to(torch.int32)
+        weights.scatter_(0, piece, _sorted_weights(background, errors.dtype, total + alarms, before + start))
         if start + _PIECE < len(order):
-            alarms += int(flags.sum())
+            alarms += int(background.sum())
     return weights
 
 
@@ -359,32 +385,80 @@ def _hinge_sparse(
     labels: Tensor, valid: Optional[Tensor], per_image: bool, divisor: int, logits: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Losses of the groups and their gradient ``(B, N)``: only pixels with a positive error are ranked."""
-    groups = (logits.shape[0], -1) if per_image else (1, -1)
-    # In place where possible: fresh memory is faulted in at every call, which costs more than the arithmetic on it.
-    labels = labels.to(torch.int8).reshape(groups)
-    margins = labels.to(logits.dtype).mul_(-2.0).add_(1.0).mul_(logits.reshape(groups))
+    shape = logits.shape if per_image else (1, logits.numel())
+    parts = logits.reshape(shape), labels.reshape(shape), None if valid is None else valid.reshape(shape)
+    if logits.numel() < _MIN_HINGE:
+        losses, gradient = _hinge_rows(*parts, divisor)
+        return losses, gradient.view_as(logits) if with_gradient else None
+    # Without a gradient, the groups share one buffer.
+    buffer = torch.empty(shape if with_gradient else (1, shape[1]), dtype=logits.dtype)
+    losses = logits.new_empty(shape[0])
+    for g in range(shape[0]):
+        group = (None if part is None else part[g] for part in parts)
+        losses[g] = _hinge_group(*group, buffer[g if with_gradient else 0], divisor, with_gradient)
+    return losses, buffer.view_as(logits) if with_gradient else None
+
+
+def _hinge_rows(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
+    """Losses ``(R,)`` of a few pixels and their gradient ``(R, N)``, in as few steps as can be."""
+    foreground = labels == 1
+    margins = torch.where(foreground, -logits, logits)
+    if valid is not None:
+        margins.masked_fill_(~valid, float("-inf"))
+    weights = _rank_rows(margins, foreground).div_(divisor)
+    errors = (margins + 1.0).relu_()
+    losses = (errors * weights).sum(1)
+    if any(math.isnan(loss) for loss in losses.tolist()):  # as in _hinge_group
+        losses = errors.masked_fill_((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(1)
+    return losses, torch.where(foreground, -weights, weights).masked_fill_(margins <= -1.0, 0.0)
+
+
+def _hinge_group(
+    logits: Tensor, labels: Tensor, valid: Optional[Tensor], buffer: Tensor, divisor: int, with_gradient: bool
+) -> float:
+    """Loss of one group of pixels ``(N,)``; its gradient is left in ``buffer``, a tensor of that shape."""
+    # Step by step in one place: fresh memory is faulted in at every call, which costs more than the arithmetic on it.
+    margins = buffer.copy_(labels).mul_(-2.0).add_(1.0).mul_(logits)
+    foreground = labels == 1
+    total = int(foreground.count_nonzero())  # sum would make an int64 copy
     # not at most -1, rather than above: a nan must not be dropped
     wrong = (margins <= -1.0).logical_not_()
     if valid is not None:
-        wrong &= valid.reshape(groups)
-    gradient = torch.zeros_like(margins) if with_gradient else None
-    losses = []
-    for g, total in enumerate(labels.sum(1, dtype=torch.int64).tolist()):
-        pixels = _pixels(wrong[g])
-        if total == 0 and len(pixels) > 0:  # only the largest error counts
-            pixels = pixels[margins[g].index_select(0, pixels).argmax()].unsqueeze(0)
-        errors = margins[g].index_select(0, pixels)
-        background = labels[g].index_select(0, pixels).logical_not_()
-        weights = _rank_sparse(errors, partial(background.index_select, 0), total)
-        loss = errors.add_(1.0).mul_(weights).sum().item()
-        if math.isnan(loss):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
-            errors = margins[g].index_select(0, pixels).add_(1.0)
-            loss = errors.masked_fill_((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum().item()
-        if gradient is not None:
+        wrong &= valid
+    if total == 0:  # only the largest error counts
+        largest = margins.masked_fill(~wrong, float("-inf")).argmax(keepdim=True)
+        wrong = torch.zeros_like(wrong).index_copy_(0, largest, wrong[largest])
+    margins.masked_fill_(~wrong, 0.0)  # already the gradient there
+
+    loss, before, alarms = 0.0, 0, 0
+    for floor in [*_floors(margins, wrong), None]:
+        within = wrong if floor is None else wrong & (margins > floor)
+        pixels = _pixels(within)
+        errors = margins.index_select(0, pixels)
+        background = foreground.index_select(0, pixels).logical_not_()
+        weights = _rank_sparse(errors, partial(background.index_select, 0), total, before, alarms)
+        part = errors.add_(1.0).mul_(weights).sum().item()
+        if math.isnan(part):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
+            errors = margins.index_select(0, pixels).add_(1.0)
+            part = errors.masked_fill_((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum().item()
+        loss += part
+        if with_gradient:
             directions = background.to(weights.dtype).mul_(2.0 / divisor).sub_(1.0 / divisor)
-            gradient[g].index_copy_(0, pixels, directions.mul_(weights))
-        losses.append(loss / divisor)
-    return logits.new_tensor(losses), None if gradient is None else gradient.view_as(logits)
+            margins.index_copy_(0, pixels, directions.mul_(weights))
+        if floor is not None:
+            wrong ^= within
+            before, alarms = before + len(pixels), alarms + int(background.count_nonzero())
+    return loss / divisor
+
+
+def _floors(margins: Tensor, wrong: Tensor) -> list[float]:
+    """Where to divide the wrong margins, in descending order, for parts that sort in little memory."""
+    cuts = int(wrong.count_nonzero()) // _MAX_SORT
+    if cuts == 0:
+        return []
+    step = len(margins) // 4096 | 1  # odd, for pixels of many columns
+    sample = margins[::step][wrong[::step]].sort(descending=True).values
+    return sample[torch.arange(1, cuts + 1) * len(sample) // (cuts + 1)].tolist()
 
 
 def _softmax_sparse(

@@ -78,9 +78,11 @@ def make_distinct(device, dtype, height=3, width=5, seed=0):
     return pred.reshape(1, 1, height, width).to(device, dtype), target.reshape(1, height, width).to(device)
 
 
-@pytest.fixture(autouse=True, params=["dense", "sparse"])
+@pytest.fixture(autouse=True, params=["dense", "sparse", "few"])
 def ranking(request, monkeypatch):
-    """Every test runs with both rankings, whatever the size of its inputs."""
+    """Every test runs with both rankings, whatever the size of its inputs, and with the short way for few pixels."""
+    if request.param != "few":
+        monkeypatch.setattr("kornia.losses._lovasz._MIN_HINGE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
     monkeypatch.setattr("kornia.losses._lovasz._SLAB", 500)
@@ -378,6 +380,7 @@ class TestLovaszHingeLoss(BaseTester):
         results = []
         for is_sparse, piece, digits in ((False, 1, 1 << 30), (True, 7, 4), (True, 1000, 1 << 12), (True, 1 << 20, 1)):
             with monkeypatch.context() as patch:
+                patch.setattr("kornia.losses._lovasz._MAX_SORT", 50 * piece)
                 patch.setattr("kornia.losses._lovasz._PIECE", piece)
                 patch.setattr("kornia.losses._lovasz._MIN_DIGITS", digits)
                 if not is_sparse:
@@ -392,6 +395,30 @@ class TestLovaszHingeLoss(BaseTester):
             if dtype in (torch.float32, torch.float64):  # few logits are equal there
                 difference = (grad - results[0][1]).norm() / results[0][1].norm()
                 assert difference < (1e-5 if dtype == torch.float32 else 1e-12)
+
+    @sparse_only
+    @pytest.mark.parametrize("length", (1, 3, 10))
+    @pytest.mark.parametrize("case", ("distinct", "ties", "infinite", "absent", "right"))
+    def test_feature_sorted_in_parts(self, device, dtype, case, length, monkeypatch):
+        # dividing the errors by their size before sorting changes nothing
+        pred, target = make_distinct(device, dtype, 9, 7)
+        if case == "ties":
+            pred = pred.sign() * 0.25
+        elif case == "infinite":
+            pred[..., 2] = torch.where(target == 1, float("inf"), float("-inf"))[..., 2]
+        elif case == "absent":
+            target.zero_()
+        elif case == "right":
+            pred = torch.where(target == 1, 4.0, -4.0).to(dtype).unsqueeze(1)
+        results = []
+        for most in (1 << 20, length):
+            monkeypatch.setattr("kornia.losses._lovasz._MAX_SORT", most)
+            leaf = pred.clone().requires_grad_()
+            loss = lovasz_hinge_loss(leaf, target)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        self.assert_close(results[1][0], results[0][0], rtol=RTOL[dtype], atol=0.0)
+        self.assert_close(results[1][1], results[0][1], rtol=0.0, atol=0.0)
 
     def test_feature_repeated_backward(self, device, dtype):
         pred, target = make_inputs(device, dtype)
