@@ -2,27 +2,33 @@
 
 import importlib.metadata
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from difflib import ndiff
 from email.parser import BytesParser
 from hashlib import sha256
-from pathlib import Path
+from importlib import import_module
+from pathlib import Path, PurePosixPath
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kornia
-from fork.compose import LOCAL_WHEEL, compose, fetch_release
+from fork.compose import LOCAL_WHEEL, compose, edit_release, fetch_release, insert_export, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = PYPROJECT["project"]["version"]
 PIN = PYPROJECT["tool"]["fork"]
+EXPORTS = read_settings(ROOT)["exports"]
+PROBE = "kornia/metrics/probe.py"
+PROBE_NAMES = ["PROBE", "Probe3", "Probe10", "probe"]  # as an import and __all__ order them
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,10 @@ def release():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what a build reads, with one more overlay file in a folder that the release does not have."""
+    """A copy of what a build reads, with two more overlay files.
+
+    One is in a folder that the release does not have; the other's names are exported by a file of the release.
+    """
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, folder)
@@ -41,6 +50,13 @@ def checkout(tmp_path_factory):
     probe = folder / "kornia" / "probe" / "probe.py"
     probe.parent.mkdir()
     probe.write_text("LIVE = 1\n", encoding="utf-8")
+    (folder / "kornia" / "metrics").mkdir(exist_ok=True)
+    (folder / PROBE).write_text("".join(f"{name} = 1\n" for name in PROBE_NAMES), encoding="utf-8")
+    settings = (folder / "pyproject.toml").read_text(encoding="utf-8")
+    header = "[tool.fork.exports]\n"
+    assert header in settings
+    settings = settings.replace(header, f'{header}"{PROBE}" = ["probe", "Probe10", "PROBE", "Probe3"]\n')
+    (folder / "pyproject.toml").write_text(settings, encoding="utf-8")
     return folder
 
 
@@ -76,6 +92,24 @@ def overlay(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in (root / "kornia").rglob("*.py")}
 
 
+def assert_exports(release, edited):
+    """``edited`` holds the release's ``__init__.py`` files with the declared lines added and no other line changed."""
+    theirs = contents(release)
+    exports = EXPORTS | {PROBE: PROBE_NAMES}
+    inits = {str(PurePosixPath(path).with_name("__init__.py")) for path in exports}
+    assert edited.keys() == inits
+    for init, text in edited.items():
+        imports = {
+            f"from .{PurePosixPath(path).stem} import {', '.join(names)}": names
+            for path, names in exports.items()
+            if PurePosixPath(path).with_name("__init__.py") == PurePosixPath(init)
+        }
+        expected = [*imports, *(f'    "{name}",' for names in imports.values() for name in names)]
+        differences = list(ndiff(theirs[init].decode().splitlines(), text.decode().splitlines()))
+        assert not [line for line in differences if line.startswith("- ")]
+        assert sorted(line[2:] for line in differences if line.startswith("+ ")) == sorted(expected)
+
+
 def metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
@@ -93,9 +127,10 @@ def test_overlay_has_no_init():
 
 
 def test_wheel_is_release_and_overlay(checkout, release, wheel):
-    expected = contents(release) | overlay(checkout)
-    assert contents(wheel).keys() == expected.keys()
-    assert contents(wheel) == expected
+    expected, actual = contents(release) | overlay(checkout), contents(wheel)
+    assert actual.keys() == expected.keys()
+    differing = {name: actual[name] for name in actual if actual[name] != expected[name]}
+    assert_exports(release, differing)
     with zipfile.ZipFile(wheel) as archive:
         assert {name.partition("/")[0] for name in archive.namelist()} == {"kornia", f"kornia-{VERSION}.dist-info"}
 
@@ -148,6 +183,10 @@ def test_editable_install_is_live(checkout, release, tmp_path):
 
     links = {path.relative_to(composed).as_posix() for path in composed.rglob("*") if path.is_symlink()}
     assert links == overlay(checkout).keys()
+    # What exports the names is a file of its own, whose edits cannot reach the checkout or another build.
+    inits = {str(PurePosixPath(path).with_name("__init__.py")) for path in [*EXPORTS, PROBE]}
+    assert_exports(release, {init: (composed / init).read_bytes() for init in inits})
+    assert not any((checkout / init).exists() for init in inits)
     probe = checkout / "kornia" / "probe" / "probe.py"
     before = probe.read_text(encoding="utf-8")
     probe.write_text("LIVE = 2\n", encoding="utf-8")
@@ -163,6 +202,163 @@ def test_installed_package_is_this_checkout():
     missing = [name for name in overlay(ROOT) if not (site / name).is_file()]
     assert not missing, "install again"
     assert {name: (site / name).read_bytes() for name in overlay(ROOT)} == overlay(ROOT)
+
+
+def test_installed_package_exports_the_names():
+    for path, names in EXPORTS.items():
+        package = import_module(".".join(PurePosixPath(path).parent.parts))
+        module = import_module(".".join(PurePosixPath(path).with_suffix("").parts))
+        assert {name: getattr(package, name) for name in names} == {name: getattr(module, name) for name in names}
+        assert set(names) <= set(package.__all__)
+
+
+INIT = """# a comment
+\"\"\"A docstring with from .aa import Aa in it.\"\"\"
+
+from kornia.core import ops
+
+from .bb import Bb, bb
+from .dd import (
+    DD,
+    Dd,
+)
+from .dd10 import dd10
+
+__all__ = [
+    "DD",
+    "Bb",  # a remark
+    "Dd",
+    "bb",
+    "dd10",
+]
+
+
+def own():
+    local = ops
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "line", "after"),
+    [
+        (".cc", ["Cc"], "from .cc import Cc", "from .bb import Bb, bb"),
+        (".aa", ["Cc"], "from .aa import Cc", ""),
+        (".dd9", ["Cc"], "from .dd9 import Cc", ")"),
+        (".ee", ["Cc"], "from .ee import Cc", "from .dd10 import dd10"),
+    ],
+)
+def test_insert_export(module, names, line, after):
+    before = INIT.splitlines()
+    lines = insert_export(INIT, module, names).splitlines()
+    assert lines[lines.index(line) - 1] == after
+    entry = lines.index('    "Cc",')
+    assert lines[entry - 1 : entry + 2] == ['    "Bb",  # a remark', '    "Cc",', '    "Dd",']
+    del lines[entry]
+    lines.remove(line)
+    assert lines == before
+
+
+def test_insert_export_sorts_the_names():
+    text = insert_export(INIT, ".cc", ["cc", "own2", "AA", "Zz", "Cc10", "C", "Cc9"])
+    assert "\nfrom .cc import AA, C, Cc9, Cc10, Zz, cc, own2\n" in text
+    assert [line.strip(' ",') for line in text.splitlines() if line.startswith('    "')] == [
+        "AA", "DD", 'Bb",  # a remark', "C", "Cc9", "Cc10", "Dd", "Zz", "bb", "cc", "dd10", "own2",
+    ]  # fmt: skip
+
+
+def test_insert_export_without_all():
+    text = "from .bb import bb\n"
+    assert insert_export(text, ".cc", ["cc"]) == "from .bb import bb\nfrom .cc import cc\n"
+
+
+def test_insert_export_below_all():
+    text = '__all__ = [\n    "bb",\n]\n\nfrom .bb import bb\n'
+    expected = '__all__ = [\n    "bb",\n    "cc",\n]\n\nfrom .bb import bb\nfrom .cc import cc\n'
+    assert insert_export(text, ".cc", ["cc"]) == expected
+
+
+@pytest.mark.parametrize("width", [120, 121])
+def test_insert_export_wraps_as_ruff_does(width):
+    names = ["a" * 50, "b" * (width - 50 - len("from .cc import , "))]
+    text = insert_export("from .bb import bb\n", ".cc", names)
+    assert text == ruff("format", text=f"from .bb import bb\nfrom .cc import {', '.join(names)}\n")
+
+
+def test_insert_export_twice():
+    once = insert_export(INIT, ".cc", ["cc"])
+    with pytest.raises(ValueError, match="it has cc already"):
+        insert_export(once, ".cc", ["cc"])
+
+
+@pytest.mark.parametrize(
+    ("text", "module", "names", "message"),
+    [
+        (INIT, ".cc", [], "none is given"),
+        (INIT, ".cc", ["Cc", "Bb"], "it has Bb already"),
+        (INIT, ".cc", ["own"], "it has own already"),
+        (INIT, ".bb", ["cc"], r"it imports from \.bb already"),
+        ("from kornia.core import ops\n", ".cc", ["cc"], "no import from a sibling module"),
+        ('from .bb import bb\n\n__all__ = ["bb"]\n', ".cc", ["cc"], "not a list with one name a line"),
+        ("from .bb import bb\n\n__all__ = sorted(dir())\n", ".cc", ["cc"], "not a list with one name a line"),
+    ],
+)
+def test_insert_export_refused(text, module, names, message):
+    with pytest.raises(ValueError, match=message):
+        insert_export(text, module, names)
+
+
+def test_insert_export_local_name_is_no_obstacle():
+    assert '"local",' in insert_export(INIT, ".cc", ["local"])
+
+
+def ruff(*arguments, text):
+    """Run ruff with the settings of this repository on a text that stands for a file of Kornia."""
+    command = [sys.executable, "-m", "ruff", *arguments, "--stdin-filename", "kornia/probe/__init__.py", "-"]
+    return subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_insert_export_formats_as_ruff_does(seed):
+    """Names and modules of random spelling: where ruff sorts and wraps them is where they are."""
+    generator = random.Random(seed)
+    parts = ["a", "B", "ab", "Ab", "AB", "aB", "_", "1", "2", "10", "x_y", "Xy", "long_name_of_something"]
+
+    def spell():
+        name = "".join(generator.choices(parts, k=4))
+        return name if name[0].isalpha() else f"n{name}"
+
+    modules = {f".{spell().lower()}": [] for _ in range(8)}
+    for name in dict.fromkeys(spell() for _ in range(60)):
+        generator.choice(list(modules.values())).append(name)
+    first, *rest = modules
+    text = f"from {first} import {', '.join(modules[first])}\n\n__all__ = {modules[first]}\n"
+    text = ruff("format", text=ruff("check", "--fix", "--select=I001,RUF022", "--quiet", text=text))
+    if "__all__ = [\n" not in text:
+        text = ruff("format", text=text.replace("]", ",]"))
+    for module in rest:
+        text = insert_export(text, module, modules[module])
+    assert ruff("format", text=text) == text
+    assert ruff("check", "--fix", "--select=I001,RUF022", "--quiet", text=text) == text
+    assert "import (\n" in text, "no line was too long"
+
+
+def test_two_exports_of_one_package(release, tmp_path):
+    (tmp_path / "kornia" / "metrics").mkdir(parents=True)
+    paths = [f"kornia/metrics/{name}.py" for name in ("one", "two")]
+    for path in paths:
+        (tmp_path / path).touch()
+    ((init, text),) = edit_release(
+        release, tmp_path, {path: [f"of_{PurePosixPath(path).stem}"] for path in paths}
+    ).items()
+    assert init == "kornia/metrics/__init__.py"
+    assert "\nfrom .one import of_one\n" in text
+    assert "\nfrom .two import of_two\n" in text
+
+
+def test_edited_release_is_as_ruff_formats_it(release):
+    for init, text in edit_release(release, ROOT, EXPORTS).items():
+        assert ruff("format", text=text) == text, init
+        assert ruff("check", "--fix", "--select=I001,RUF022", "--quiet", text=text) == text, init
 
 
 @pytest.fixture
@@ -270,8 +466,34 @@ def test_unfit_overlay(release, tmp_path, names, expected):
     target = tmp_path / "fork"
     target.mkdir()
     with pytest.raises(RuntimeError, match=expected):
-        compose(release, tmp_path / "kornia", target)
+        compose(release, tmp_path / "kornia", target, {})
     assert target.exists(), "a refused overlay must leave the last composed package alone"
+
+
+@pytest.mark.parametrize(
+    ("names", "export", "expected"),
+    [
+        (
+            ["losses/new.py"],
+            "metrics/new.py",
+            r"There is no file .*new\.py: create it, or correct \[tool\.fork",
+        ),
+        (["metrics/__init__.py", "metrics/new.py"], "metrics/new.py", r"__init__\.py replaces the release's"),
+        (["probe/new.py"], "probe/new.py", r"The release has no kornia/probe/__init__\.py"),
+        (["metrics/psnr.py"], "metrics/psnr.py", r"cannot export names of \S+, it imports from \.psnr already"),
+    ],
+)
+def test_unfit_export(release, tmp_path, names, export, expected):
+    for name in names:
+        (tmp_path / "kornia" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "kornia" / name).touch()
+    target = tmp_path / "fork"
+    target.mkdir()
+    with pytest.raises(RuntimeError, match=expected) as caught:
+        compose(release, tmp_path / "kornia", target, {f"kornia/{export}": ["new"]})
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert target.exists(), "a refused export must leave the last composed package alone"
 
 
 def test_failed_build_shows_the_sentence_alone(checkout, tmp_path):
