@@ -205,6 +205,7 @@ def test_installed_package_is_this_checkout():
 
 
 def test_installed_package_exports_the_names():
+    assert EXPORTS
     for path, names in EXPORTS.items():
         package = import_module(".".join(PurePosixPath(path).parent.parts))
         module = import_module(".".join(PurePosixPath(path).with_suffix("").parts))
