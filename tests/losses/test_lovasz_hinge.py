@@ -533,6 +533,14 @@ class TestLovaszHingeLoss(BaseTester):
         # piecewise linear: the second derivative exists, and is 0
         assert torch.autograd.gradgradcheck(loss, pred, check_fwd_over_rev=True)
 
+    @pytest.mark.grad
+    def test_gradcheck_labels(self, device):
+        # labels that require a gradient may move away from 0 a little, as in a check of the gradient of all inputs
+        pred, target = self.make_options_inputs(device, {"ignore_index": None})
+        self.gradcheck(lovasz_hinge_loss, (pred, target.new_zeros(target.shape).double()))
+        with pytest.raises(ValueError, match="0 for the background and 1 for the foreground"):
+            lovasz_hinge_loss(pred, target.double() / 2)
+
     @pytest.mark.parametrize("options", OPTIONS)
     def test_functorch(self, device, options):
         pred, target = self.make_options_inputs(device, options)
