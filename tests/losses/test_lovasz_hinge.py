@@ -372,7 +372,7 @@ class TestLovaszHingeLoss(BaseTester):
         loss.backward()
         self.assert_close(pred.grad.double().sum().item(), -1.0, rtol=0.05, atol=0.0)
 
-    @pytest.mark.parametrize("options", ({}, {"per_image": False, "ignore_index": 0}))
+    @pytest.mark.parametrize("options", [{}, {"per_image": False, "ignore_index": 0}])
     def test_feature_rankings_agree(self, device, dtype, options, monkeypatch):
         # the same gradient from either ranking, and from the sparse one in pieces of any length
         pred, target = make_inputs(device, dtype, (2, 40, 50))
@@ -397,8 +397,8 @@ class TestLovaszHingeLoss(BaseTester):
                 assert difference < (1e-5 if dtype == torch.float32 else 1e-12)
 
     @sparse_only
-    @pytest.mark.parametrize("length", (1, 3, 10))
-    @pytest.mark.parametrize("case", ("distinct", "ties", "infinite", "absent", "right"))
+    @pytest.mark.parametrize("length", [1, 3, 10])
+    @pytest.mark.parametrize("case", ["distinct", "ties", "infinite", "absent", "right"])
     def test_feature_sorted_in_parts(self, device, dtype, case, length, monkeypatch):
         # dividing the errors by their size before sorting changes nothing
         pred, target = make_distinct(device, dtype, 9, 7)

@@ -425,7 +425,7 @@ class TestLovaszSoftmaxLoss(BaseTester):
 
     @pytest.mark.parametrize(
         "options",
-        ({}, {"per_image": False, "classes": "present", "ignore_index": 1}, {"classes": [2, 4], "reduction": "sum"}),
+        [{}, {"per_image": False, "classes": "present", "ignore_index": 1}, {"classes": [2, 4], "reduction": "sum"}],
     )
     def test_feature_rankings_agree(self, device, dtype, options, monkeypatch):
         # the same gradient from either ranking, and from the sparse one in pieces of any length
