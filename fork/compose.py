@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import symtable
 import sys
+import tarfile
+import tempfile
 import tomllib
 import zipfile
 import zipimport
@@ -20,11 +22,12 @@ from importlib.util import module_from_spec
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 LOCAL_WHEEL = "KORNIA_RELEASE_WHEEL"
+LOCAL_SDIST = "KORNIA_RELEASE_SDIST"
 LINE_LENGTH = 120
 
 
@@ -33,42 +36,85 @@ def read_settings(root: Path) -> dict[str, Any]:
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["fork"]
 
 
-def fetch_release(root: Path) -> Path:
+class Archive(NamedTuple):
+    """One of the two files that make a release."""
+
+    noun: str
+    name: str
+    pin: str
+    variable: str
+    download: tuple[str, ...]
+    is_one: Callable[[Path], bool]
+
+
+# Any wheel at all beats a source archive: pip would run that one's build to learn its metadata.
+WHEEL = Archive(
+    "wheel", "kornia-{}-py3-none-any.whl", "sha256", LOCAL_WHEEL, ("--only-binary=:all:",), zipfile.is_zipfile
+)
+# pip runs the build of a source archive, with what is installed already.
+SDIST = Archive(
+    "source archive",
+    "kornia-{}.tar.gz",
+    "sdist_sha256",
+    LOCAL_SDIST,
+    ("--no-binary=:all:", "--no-build-isolation"),
+    tarfile.is_tarfile,
+)
+
+
+def fetch_release(root: Path, archive: Archive = WHEEL) -> Path:
     """Return the release's wheel, as pinned under ``[tool.fork]`` in ``root/pyproject.toml``, with its sha256 checked.
 
     The wheel is the file that the environment variable ``KORNIA_RELEASE_WHEEL`` names, else the one kept in
-    ``root/build`` from an earlier call, else it is downloaded there.
+    ``root/build`` from an earlier call, else it is downloaded there. With ``SDIST`` for ``archive`` the same goes for
+    the source archive, named by ``KORNIA_RELEASE_SDIST``.
 
     Raises:
-        RuntimeError: there is no such wheel, or it is not the pinned one. The message is one sentence for the user.
+        RuntimeError: there is no such file, or it is not the pinned one. The message is one sentence for the user.
     """
     pin = read_settings(root)
-    local = os.environ.get(LOCAL_WHEEL)
-    wheel = Path(local).absolute() if local else root / "build" / f"kornia-{pin['release']}-py3-none-any.whl"
-    if not local and not wheel.exists():
-        _download(pin["release"], wheel.parent)
-    remedy = f"set {LOCAL_WHEEL} to the wheel of kornia {pin['release']}" if local else "delete it and build again"
-    if not wheel.is_file():
-        raise RuntimeError(f"There is no file {wheel}: {remedy}.")
-    with wheel.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != pin["sha256"]:
+    local = os.environ.get(archive.variable)
+    file = Path(local).absolute() if local else root / "build" / archive.name.format(pin["release"])
+    if not local and not file.exists():
+        download(pin["release"], file.parent, archive)
+    noun = f"{archive.noun} of kornia {pin['release']}"
+    remedy = f"set {archive.variable} to the {noun}" if local else "delete it and build again"
+    if not file.is_file():
+        raise RuntimeError(f"There is no file {file}: {remedy}.")
+    sha256 = digest(file)
+    if sha256 != pin[archive.pin]:
         raise RuntimeError(
-            f"{wheel} is not the pinned wheel of kornia {pin['release']}, expected sha256 {pin['sha256']}, "
+            f"{file} is not the pinned {noun}, expected sha256 {pin[archive.pin]}, "
             f"got {sha256}: {remedy}, or correct the pin under [tool.fork] in pyproject.toml."
         )
-    if not zipfile.is_zipfile(wheel):
-        raise RuntimeError(f"{wheel} is no wheel, though its sha256 is the one under [tool.fork] in pyproject.toml.")
-    return wheel
+    if not archive.is_one(file):
+        raise RuntimeError(
+            f"{file} is no {archive.noun}, though its sha256 is the one under [tool.fork] in pyproject.toml."
+        )
+    return file
 
 
-def _download(release: str, folder: Path) -> None:
-    # Any wheel at all beats a source archive: pip would run that one's build to learn its metadata.
-    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, f"kornia=={release}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode == 0:
-        return
+def digest(file: Path) -> str:
+    """Return the sha256 of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def download(release: str, folder: Path, archive: Archive) -> Path:
+    """Let pip put a file of a release into ``folder``, under the name that :func:`fetch_release` looks for.
+
+    Raises:
+        RuntimeError: pip could not. The message is one sentence for the user.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        options = ["--no-deps", *archive.download, "--disable-pip-version-check", "--dest", temporary]
+        command = [sys.executable, "-m", "pip", "download", *options, f"kornia=={release}"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            (file,) = Path(temporary).iterdir()
+            folder.mkdir(parents=True, exist_ok=True)
+            # Wheels of older releases have another name: they ran with Python 2 too.
+            return Path(shutil.move(file, folder / archive.name.format(release)))
     if "(from versions: none)" in result.stderr:
         reason = "pip reached no package index that has kornia"
     else:
@@ -76,7 +122,7 @@ def _download(release: str, folder: Path) -> None:
         reason = f"pip said {errors[-1]!r}" if errors else f"pip ended with status {result.returncode}"
     raise RuntimeError(
         f"kornia {release} could not be downloaded, {reason}: check the network and the release under [tool.fork] in "
-        f"pyproject.toml, or set {LOCAL_WHEEL} to a local copy of the wheel."
+        f"pyproject.toml, or set {archive.variable} to a local copy of the {archive.noun}."
     )
 
 
@@ -199,7 +245,8 @@ def compose(wheel: Path, overlay: Path, target: Path, exports: Mapping[str, Sequ
         shutil.rmtree(target)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        archive.extractall(target, [name for name in names if name.startswith("kornia/")])
+        package = [name for name in names if name.startswith("kornia/")]
+        archive.extractall(target, package)  # noqa: S202 - no member of a zip file can leave the folder
         licence = next(name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
         (target / "LICENSE").write_bytes(archive.read(licence))
     for name, text in edited.items():
