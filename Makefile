@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where the composed package keeps the overlay's files.
 OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
 
-.PHONY: help demo bench test lint types pytest doctest bench-smoke docs test-torch patch patch-test clean
+.PHONY: help demo bench test lint types pytest doctest bench-smoke docs test-torch patch patch-test upstream-test clean
 
 help:
 	@echo "make demo        train a segmentation network on real handwriting, with and without the Lovász stage"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-torch TORCH=2.5.1   the tests alone, with another release of PyTorch"
 	@echo "make patch       the patch series for Kornia and the texts of its pull requests, into dist/upstream"
 	@echo "make patch-test  the same, with the tests of each step on the tree that it leaves"
+	@echo "make upstream-test KORNIA=<checkout>   Kornia's own tests on the release and on the fork, compared"
 	@echo "make lint | types | pytest | doctest   one part of the check"
 	@echo "make clean       remove what the other targets made"
 
@@ -69,6 +70,10 @@ test-torch:
 # KORNIA, a checkout of its repository, adds the lines of its documentation.
 patch patch-test: $(VENV)/installed
 	$(BIN)/python -m fork.patch $(if $(KORNIA),--kornia $(KORNIA)) $(if $(filter patch-test,$@),--test)
+
+# SCOPE=tests for all of them; more options of pytest in ARGS.
+upstream-test: $(VENV)/installed
+	$(BIN)/python -m fork.upstream_test $(if $(KORNIA),--kornia $(KORNIA)) $(if $(SCOPE),--scope $(SCOPE)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist docs/build demo-output
