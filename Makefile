@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where the composed package keeps the overlay's files.
 OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
 
-.PHONY: help demo bench test lint types pytest doctest bench-smoke docs test-torch patch patch-test upstream-test clean
+.PHONY: help demo bench test lint types pytest doctest bench-smoke docs test-torch patch patch-test upstream-test rebase clean
 
 help:
 	@echo "make demo        train a segmentation network on real handwriting, with and without the Lovász stage"
@@ -18,6 +18,7 @@ help:
 	@echo "make patch       the patch series for Kornia and the texts of its pull requests, into dist/upstream"
 	@echo "make patch-test  the same, with the tests of each step on the tree that it leaves"
 	@echo "make upstream-test KORNIA=<checkout>   Kornia's own tests on the release and on the fork, compared"
+	@echo "make rebase VERSION=x.y.z   move the fork to another release of Kornia"
 	@echo "make lint | types | pytest | doctest   one part of the check"
 	@echo "make clean       remove what the other targets made"
 
@@ -74,6 +75,10 @@ patch patch-test: $(VENV)/installed
 # SCOPE=tests for all of them; more options of pytest in ARGS.
 upstream-test: $(VENV)/installed
 	$(BIN)/python -m fork.upstream_test $(if $(KORNIA),--kornia $(KORNIA)) $(if $(SCOPE),--scope $(SCOPE)) $(ARGS)
+
+rebase: $(VENV)/installed
+	@test -n "$(VERSION)" || { echo "say which release: make rebase VERSION=x.y.z"; exit 2; }
+	$(BIN)/python -m fork.rebase $(VERSION)
 
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist docs/build demo-output
