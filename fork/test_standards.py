@@ -1,0 +1,105 @@
+"""The files of the patch series pass the checks of Kornia, with the settings in the source of the release."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fork.patch import apply_step, read_series, unpack_source
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+VERSIONS = [
+    name.rpartition(" ")[2]
+    for name in PROJECT["classifiers"]
+    if name.startswith("Programming Language :: Python :: 3.")
+]
+STEPS = read_series(ROOT)
+MODULES = [path for step in STEPS for path in step.modules]
+FILES = [path for step in STEPS for path in step.sources if path.endswith(".py")]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("standards") / "kornia"
+    unpack_source(ROOT, folder)
+    for index in range(len(STEPS)):
+        apply_step(ROOT, STEPS, index, folder)
+    return folder
+
+
+def check(tree, *command):
+    """Run a tool in the tree, where it finds the settings of the release, and return what it found fault with."""
+    result = subprocess.run([sys.executable, "-m", *command], cwd=tree, capture_output=True, text=True, check=False)
+    return "" if result.returncode == 0 else result.stdout + result.stderr
+
+
+def type_errors(tree, *arguments):
+    """What ty says about files; about the settings, newer versions say that some names have changed."""
+    lines = check(tree, "ty", "check", "--python", sys.prefix, "--output-format", "concise", *arguments).splitlines()
+    return [line for line in lines if not line.startswith("pyproject.toml:") and not line.startswith("Found ")]
+
+
+@pytest.fixture
+def faulty(tree):
+    """A file that breaks the rules that the tests below rely on."""
+    path = tree / "kornia" / "losses" / "faulty.py"
+    path.write_text(
+        'import os\n\n\ndef f(x: int = "a"):\n    """Do it\n    badly"""\n    print(x)\n    return  match(x) [0]\n'
+    )
+    yield "kornia/losses/faulty.py"
+    path.unlink()
+
+
+def test_lint(tree):
+    inits = [path.relative_to(tree).as_posix() for path in tree.glob("kornia/*/__init__.py")]
+    assert check(tree, "ruff", "check", "--no-cache", *FILES, *inits) == ""
+
+
+def test_format(tree):
+    assert check(tree, "ruff", "format", "--no-cache", "--check", *FILES) == ""
+
+
+def test_types(tree):
+    assert type_errors(tree, *MODULES) == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_version_of_python(tree, version):
+    """As far as the tools can tell: the syntax, and the names that its standard library has."""
+    target = f"py{version.replace('.', '')}"
+    assert check(tree, "ruff", "check", "--no-cache", "--target-version", target, *FILES) == ""
+    assert type_errors(tree, "--python-version", version, *MODULES) == []
+    for path in FILES:
+        ast.parse((tree / path).read_text(encoding="utf-8"), feature_version=tuple(map(int, version.split("."))))
+
+
+def test_versions_are_those_of_kornia(tree):
+    theirs = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8"))["project"]["classifiers"]
+    assert VERSIONS
+    assert [name for name in theirs if name.rpartition(" ")[2] in VERSIONS and "Python :: 3" in name] == [
+        f"Programming Language :: Python :: {version}" for version in VERSIONS
+    ]
+
+
+def test_settings_are_those_of_kornia(tree, faulty):
+    """The tools find what only the settings of the release tell them to look for."""
+    found = check(tree, "ruff", "check", "--no-cache", faulty)
+    for rule in ("F401", "D205", "D400", "T201"):
+        assert rule in found
+    assert "would be reformatted" in check(tree, "ruff", "format", "--no-cache", "--check", faulty)
+    lines = type_errors(tree, faulty)
+    assert len(lines) == 2
+    assert all(line.startswith(f"{faulty}:") for line in lines)
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_imports_pytorch_and_kornia_only(path):
+    nodes = list(ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    allowed = {"torch", "kornia"} | sys.stdlib_module_names
+    assert [name for name in imported if name.partition(".")[0] not in allowed] == []
