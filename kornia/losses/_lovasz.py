@@ -28,11 +28,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Callable, Optional, Sequence, Union
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
 
 import torch
+import torch.distributed
 from torch import Tensor
 
+from ._lovasz_bins import rank_by_bins
 from ._utils import mask_ignore_pixels
 
 Classes = Union[str, Sequence[int]]
@@ -49,14 +51,37 @@ _SLAB = 1 << 22
 _MAX_SORT = 1 << 19
 # Pixels whose weights are computed at a time in the sparse form.
 _PIECE = 1 << 16
+# The tables of more bins would outgrow the images.
+_MAX_BINS = 1 << 16
 
 
-def check_options(reduction: str, num_bins: Optional[int], group: Optional[object]) -> None:
-    """Check the options that both losses share."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none'. Got: {reduction!r}")
-    if num_bins is not None or group is not None:
-        raise NotImplementedError("num_bins and group are not available yet: leave both at None for the exact loss")
+class Options(NamedTuple):
+    """What both losses can be asked for."""
+
+    per_image: bool = True
+    reduction: str = "mean"
+    num_bins: Optional[int] = None
+    group: Optional[torch.distributed.ProcessGroup] = None
+
+    def check(self) -> None:
+        """Raise for what cannot be asked for."""
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none'. Got: {self.reduction!r}")
+        bins = self.num_bins
+        if bins is not None and (not isinstance(bins, int) or isinstance(bins, bool) or not 1 <= bins <= _MAX_BINS):
+            raise ValueError(f"num_bins must be None or an integer in [1, {_MAX_BINS}]. Got: {bins!r}")
+        if self.group is None:
+            return
+        if self.per_image:
+            raise ValueError("group makes the batches of all processes one: pass per_image=False. Got: per_image=True")
+        if bins is None:
+            raise ValueError("group needs errors ranked by bins: pass num_bins, such as num_bins=1024. Got: None")
+        if torch.distributed.get_rank(self.group) < 0:
+            raise ValueError("group must include this process: pass a group made with its rank. Got: one without it")
+
+    def divisor(self, batch: int) -> int:
+        """What the mean over the groups divides by: their number, and 1 for an empty batch, whose loss is 0."""
+        return max(1, batch) if self.per_image and self.reduction == "mean" else 1
 
 
 def mask_labels(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
@@ -69,20 +94,16 @@ def mask_labels(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -
     return mask_ignore_pixels(labels, ignore_index)
 
 
-def hinge_loss(logits: Tensor, labels: Tensor, valid: Optional[Tensor], per_image: bool, reduction: str) -> Tensor:
+def hinge_loss(logits: Tensor, labels: Tensor, valid: Optional[Tensor], options: Options) -> Tensor:
     """Lovász hinge loss (Yu and Blaschko 2015; Berman et al. 2018, section 2.2), reduced over the groups.
 
     Args:
         logits: float32 or float64 ``(B, N)``.
         labels: 0 and 1, of any dtype, ``(B, N)``; 0 where ``valid`` is False.
         valid: bool ``(B, N)``, False for the pixels to ignore, or None.
-        per_image: whether each image is a group; otherwise the batch is one.
-        reduction: "mean", "sum" or "none".
+        options: how to group, reduce and rank.
     """
-    divisor = _divisor(logits, per_image, reduction)
-    arguments = (labels, valid, per_image, divisor)
-    losses = _losses(logits, partial(_hinge_dense, *arguments), partial(_hinge_sparse, *arguments))
-    return losses if reduction == "none" else losses.sum()
+    return _reduced_losses(_hinge_dense, _hinge_sparse, logits, labels, valid, options)
 
 
 def softmax_loss(
@@ -91,8 +112,7 @@ def softmax_loss(
     valid: Optional[Tensor],
     weight: Optional[Tensor],
     classes: Classes,
-    per_image: bool,
-    reduction: str,
+    options: Options,
 ) -> Tensor:
     """Lovász-Softmax loss (Berman et al. 2018, section 3.2), reduced over the groups.
 
@@ -107,21 +127,52 @@ def softmax_loss(
         valid: bool ``(B, H, W)``, False for the pixels to ignore, or None.
         weight: factor of each class ``(C,)`` or None.
         classes: "all", "present" or the indices of the classes to average.
-        per_image: whether each image is a group; otherwise the batch is one.
-        reduction: "mean", "sum" or "none".
+        options: how to group, reduce and rank.
     """
-    divisor = _divisor(logits, per_image, reduction)
-    arguments = (labels, valid, weight, classes, per_image, divisor)
-    dense, sparse = partial(_softmax_dense, *arguments), partial(_softmax_sparse, *arguments)
     # The gradient of a weight needs the term of each class, which the sparse form does not keep.
-    learnt = weight is not None and weight.requires_grad
-    losses = dense(logits) if learnt or logits.numel() < _MIN_SPARSE else _losses(logits, dense, sparse)
-    return losses if reduction == "none" else losses.sum()
+    dense_only = logits.numel() < _MIN_SPARSE or (weight is not None and weight.requires_grad)
+    sparse = None if dense_only else partial(_softmax_sparse, weight, classes)
+    return _reduced_losses(partial(_softmax_dense, weight, classes), sparse, logits, labels, valid, options)
 
 
-def _divisor(logits: Tensor, per_image: bool, reduction: str) -> int:
-    """What the mean over the groups divides by: their number, and 1 for an empty batch, whose loss is 0."""
-    return max(1, logits.shape[0]) if per_image and reduction == "mean" else 1
+def _reduced_losses(
+    dense: Callable[..., Tensor],
+    sparse: Optional[Callable[..., Any]],
+    logits: Tensor,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    options: Options,
+) -> Tensor:
+    """Losses of the groups by the ranking that suits the logits, reduced."""
+    arguments = (labels, valid, options)
+    if sparse is None or options.group is not None or not _is_sparse(logits):
+        losses = dense(*arguments, logits)
+    elif torch.is_grad_enabled() and logits.requires_grad:
+        losses = _Sparse.apply(logits, partial(dense, *arguments), partial(sparse, *arguments))
+    else:
+        losses = sparse(*arguments, logits, with_gradient=False)[0]
+    if options.group is not None:
+        losses = _GroupSum.apply(losses, options.group)
+    return losses if options.reduction == "none" else losses.sum()
+
+
+class _GroupSum(torch.autograd.Function):
+    """The sum over the processes of a group, the same in each.
+
+    Its gradient is that of the part of this process times the number of processes. Where the gradients of the
+    processes are averaged, as DistributedDataParallel does, that makes it the gradient of the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.processes = torch.distributed.get_world_size(group)
+        total = part.to(torch.float64, copy=True)
+        torch.distributed.all_reduce(total, group=group)
+        return total.to(part.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.processes, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,15 +196,6 @@ def _is_sparse(logits: Tensor) -> bool:
 
 def _is_dual(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _losses(logits: Tensor, dense: Callable[[Tensor], Tensor], sparse: Callable[..., Any]) -> Tensor:
-    """Losses of the groups by the ranking that suits the logits."""
-    if not _is_sparse(logits):
-        return dense(logits)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return _Sparse.apply(logits, dense, sparse)
-    return sparse(logits, with_gradient=False)[0]
 
 
 class _Sparse(torch.autograd.Function):
@@ -286,7 +328,13 @@ def _rank_present(errors: Tensor, foreground: Tensor) -> Tensor:
     return weights.index_copy_(0, rows, _rank_rows(errors[rows], foreground[rows]))
 
 
-def _hinge_dense(labels: Tensor, valid: Optional[Tensor], per_image: bool, divisor: int, logits: Tensor) -> Tensor:
+def _rank_dense_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, options: Options) -> tuple[Tensor, Tensor]:
+    """Weights of the errors ``(B, M, N)`` by bins, and the size of the foreground of each row."""
+    slab = _SLAB // 4 if errors.numel() > _SLAB // 4 and _is_eager(errors) else None
+    return rank_by_bins(errors, foreground, num_bins, options.per_image, options.group, slab=slab)
+
+
+def _hinge_dense(labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor) -> Tensor:
     foreground = labels == 1
     # The error is 1 + margin. Ranking the margins spares it the rounding of the sum.
     margins = torch.where(foreground, -logits, logits)
@@ -295,10 +343,14 @@ def _hinge_dense(labels: Tensor, valid: Optional[Tensor], per_image: bool, divis
     if valid is not None:
         errors = errors.masked_fill(~valid, 0.0)
         margins = margins.masked_fill(~valid, float("-inf"))
-    weights = _rank_dense(margins, foreground, per_image)
+    if options.num_bins is None:
+        weights = _rank_dense(margins, foreground, options.per_image)
+    else:
+        rows = errors.detach().unsqueeze(1), foreground.unsqueeze(1)
+        weights = _rank_dense_by_bins(*rows, options.num_bins, options)[0].squeeze(1)
     # A weight of 0 leaves its pixel out; multiplied with an infinite error it would be nan.
     losses = (errors.masked_fill((weights == 0) & errors.isinf(), 0.0) * weights).sum(-1)
-    return (losses if per_image else losses.sum(0, keepdim=True)) / divisor
+    return (losses if options.per_image else losses.sum(0, keepdim=True)) / options.divisor(len(logits))
 
 
 def _class_factors(
@@ -316,12 +368,11 @@ def _class_factors(
 
 
 def _softmax_dense(
-    labels: Tensor,
-    valid: Optional[Tensor],
     weight: Optional[Tensor],
     classes: Classes,
-    per_image: bool,
-    divisor: int,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    options: Options,
     logits: Tensor,
 ) -> Tensor:
     logits, labels = logits.flatten(2), labels.flatten(1).unsqueeze(1)
@@ -336,16 +387,21 @@ def _softmax_dense(
     errors = torch.where(foreground, others.sum(1, keepdim=True), others)
     if valid is not None:
         errors = errors.masked_fill(~valid, -1.0)
-    weights = _rank_dense(errors, foreground, per_image)
+    if options.num_bins is None:
+        weights = _rank_dense(errors, foreground, options.per_image)
+        present = foreground.any(-1) if options.per_image else foreground.any(-1).any(0, keepdim=True)
+    else:
+        weights, total = _rank_dense_by_bins(errors, foreground, options.num_bins, options)
+        present = (total > 0).unflatten(0, (-1, logits.shape[1]))
     del others, errors
 
-    present = foreground.any(-1) if per_image else foreground.any(-1).any(0, keepdim=True)
-    weights = weights * _class_factors(classes, weight, present, divisor, logits.dtype).unsqueeze(-1)
+    factors = _class_factors(classes, weight, present, options.divisor(len(logits)), logits.dtype)
+    weights = weights * factors.unsqueeze(-1)
     weights = (weights + weights.gather(1, labels)).masked_fill(foreground, 0.0)
     if valid is not None:
         weights = weights.masked_fill(~valid, 0.0)
     losses = (probabilities * weights).sum((1, 2))
-    return losses if per_image else losses.sum(0, keepdim=True)
+    return losses if options.per_image else losses.sum(0, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,25 +433,42 @@ def _rank_sparse(
     return weights
 
 
+def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, total: int, num_bins: int) -> Tensor:
+    """The same by bins, from the errors themselves."""
+    if len(errors) == 0:
+        return errors
+    row = errors.view(1, 1, -1), foreground.view(1, 1, -1)
+    return rank_by_bins(*row, num_bins, per_image=True, total=torch.tensor([total]), slab=_PIECE)[0].view(-1)
+
+
 def _pixels(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 
 def _hinge_sparse(
-    labels: Tensor, valid: Optional[Tensor], per_image: bool, divisor: int, logits: Tensor, with_gradient: bool
+    labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Losses of the groups and their gradient ``(B, N)``: only pixels with a positive error are ranked."""
-    shape = logits.shape if per_image else (1, logits.numel())
-    parts = logits.reshape(shape), labels.reshape(shape), None if valid is None else valid.reshape(shape)
-    if logits.numel() < _MIN_HINGE:
-        losses, gradient = _hinge_rows(*parts, divisor)
+    shape = logits.shape if options.per_image else (1, logits.numel())
+    divisor = options.divisor(len(logits))
+    rows, labels = logits.reshape(shape), labels.reshape(shape)
+    valid = None if valid is None else valid.reshape(shape)
+    if logits.numel() < _MIN_HINGE and options.num_bins is None:
+        losses, gradient = _hinge_rows(rows, labels, valid, divisor)
         return losses, gradient.view_as(logits) if with_gradient else None
     # Without a gradient, the groups share one buffer.
     buffer = torch.empty(shape if with_gradient else (1, shape[1]), dtype=logits.dtype)
     losses = logits.new_empty(shape[0])
     for g in range(shape[0]):
-        group = (None if part is None else part[g] for part in parts)
-        losses[g] = _hinge_group(*group, buffer[g if with_gradient else 0], divisor, with_gradient)
+        losses[g] = _hinge_group(
+            rows[g],
+            labels[g],
+            None if valid is None else valid[g],
+            buffer[g if with_gradient else 0],
+            divisor,
+            options.num_bins,
+            with_gradient,
+        )
     return losses, buffer.view_as(logits) if with_gradient else None
 
 
@@ -414,7 +487,13 @@ def _hinge_rows(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor
 
 
 def _hinge_group(
-    logits: Tensor, labels: Tensor, valid: Optional[Tensor], buffer: Tensor, divisor: int, with_gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    buffer: Tensor,
+    divisor: int,
+    num_bins: Optional[int],
+    with_gradient: bool,
 ) -> float:
     """Loss of one group of pixels ``(N,)``; its gradient is left in ``buffer``, a tensor of that shape."""
     # Step by step in one place: fresh memory is faulted in at every call, which costs more than the arithmetic on it.
@@ -431,12 +510,15 @@ def _hinge_group(
     margins.masked_fill_(~wrong, 0.0)  # already the gradient there
 
     loss, before, alarms = 0.0, 0, 0
-    for floor in [*_floors(margins, wrong), None]:
+    for floor in [*(_floors(margins, wrong) if num_bins is None else ()), None]:
         within = wrong if floor is None else wrong & (margins > floor)
         pixels = _pixels(within)
         errors = margins.index_select(0, pixels)
         background = foreground.index_select(0, pixels).logical_not_()
-        weights = _rank_sparse(errors, partial(background.index_select, 0), total, before, alarms)
+        if num_bins is None:
+            weights = _rank_sparse(errors, partial(background.index_select, 0), total, before, alarms)
+        else:
+            weights = _rank_sparse_by_bins(errors + 1.0, ~background, total, num_bins)
         part = errors.add_(1.0).mul_(weights).sum().item()
         if math.isnan(part):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
             errors = margins.index_select(0, pixels).add_(1.0)
@@ -462,12 +544,11 @@ def _floors(margins: Tensor, wrong: Tensor) -> list[float]:
 
 
 def _softmax_sparse(
-    labels: Tensor,
-    valid: Optional[Tensor],
     weight: Optional[Tensor],
     classes: Classes,
-    per_image: bool,
-    divisor: int,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    options: Options,
     logits: Tensor,
     with_gradient: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
@@ -483,15 +564,15 @@ def _softmax_sparse(
         image.sort(stable=True).indices.split([*count, len(image) - sum(count)])
         for image, count in zip(keys, counts.tolist())
     ]
-    group_counts = counts if per_image else counts.sum(0, keepdim=True)
-    factors = _class_factors(classes, weight, group_counts > 0, divisor, logits.dtype)
+    group_counts = counts if options.per_image else counts.sum(0, keepdim=True)
+    factors = _class_factors(classes, weight, group_counts > 0, options.divisor(batch), logits.dtype)
 
     losses = logits.new_zeros(len(factors))
     # Without a gradient, the groups share one buffer.
-    kept = batch if with_gradient or not per_image else 1
+    kept = batch if with_gradient or not options.per_image else 1
     buffer = torch.empty((kept, *logits.shape[1:]), dtype=logits.dtype)
     for g in range(len(factors)):
-        images = slice(g, g + 1) if per_image else slice(None)
+        images = slice(g, g + 1) if options.per_image else slice(None)
         losses[g] = _softmax_group(
             logits[images],
             pixels[images],
@@ -499,6 +580,7 @@ def _softmax_sparse(
             group_counts[g].tolist(),
             factors[g].tolist(),
             buffer[images] if kept == batch else buffer,
+            options.num_bins,
             with_gradient,
         )
     return losses, buffer if with_gradient else None
@@ -511,6 +593,7 @@ def _softmax_group(
     counts: Sequence[int],
     factors: Sequence[float],
     buffer: Tensor,
+    num_bins: Optional[int],
     with_gradient: bool,
 ) -> Tensor:
     """Loss of one group of images ``(K, C, H, W)``; its gradient is left in ``buffer``, a tensor of that shape.
@@ -522,6 +605,7 @@ def _softmax_group(
         counts: the pixels of each class in the group.
         factors: the factor of each class in the loss.
         buffer: contiguous, overwritten.
+        num_bins: how many bins rank the errors, or None to sort them.
         with_gradient: whether the gradient is wanted.
     """
     for image, probabilities in zip(logits, buffer):
@@ -552,10 +636,16 @@ def _softmax_group(
         missed_errors = [errors.index_select(0, found) for errors, found in zip(others, missed)]
         # Where no foreground is left to pass, the weight of the background is 0.
         smallest = torch.cat(missed_errors).min()
+        if num_bins is not None:  # what shares its cell counts too
+            smallest = (0.93 * smallest).masked_fill(smallest < 2.0**-24, 0.0)
         wrong = [_pixels(row > smallest) for row in rows[:, c]]
         wrong_errors = [row.index_select(0, found) for row, found in zip(rows[:, c], wrong)]
         errors = torch.cat([*missed_errors, *wrong_errors])
-        weights = _rank_sparse(errors, lambda indices, count=count: indices >= count, count).mul_(factor)
+        if num_bins is None:
+            weights = _rank_sparse(errors, lambda indices, count=count: indices >= count, count)
+        else:
+            weights = _rank_sparse_by_bins(errors, torch.arange(len(errors)) < count, count, num_bins)
+        weights.mul_(factor)
         sizes = [len(found) for found in (*missed, *wrong)]
         weights_of, parts_of = weights.split(sizes), errors.mul_(weights).split(sizes)
         for k, found in enumerate(missed):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kornia.core.check import KORNIA_CHECK_SHAPE
 from kornia.core.utils import is_compiling
 
-from ._lovasz import check_options, hinge_loss, mask_labels
+from ._lovasz import Options, hinge_loss, mask_labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,7 +105,8 @@ def lovasz_hinge_loss(
         raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
     if not pred.device == target.device:
         raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
-    check_options(reduction, num_bins, group)
+    options = Options(per_image, reduction, num_bins, group)
+    options.check()
 
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32)).flatten(1)
     # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
@@ -115,7 +116,7 @@ def lovasz_hinge_loss(
         labels = labels == 1
     elif valid is not None or ignore_index is None:  # otherwise mask_labels has seen that all are 0 and 1
         _check_binary(labels, ignore_index)
-    loss = hinge_loss(logits, labels, valid, per_image, reduction)
+    loss = hinge_loss(logits, labels, valid, options)
     return loss.to(pred.dtype) if pred.is_floating_point() else loss
 
 

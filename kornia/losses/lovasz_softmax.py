@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kornia.core.check import KORNIA_CHECK, KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
 
-from ._lovasz import check_options, mask_labels, softmax_loss
+from ._lovasz import Options, mask_labels, softmax_loss
 from .one_hot import _check_class_labels
 
 if TYPE_CHECKING:
@@ -130,13 +130,14 @@ def lovasz_softmax_loss(
             f"weight and pred must be in the same device. Got: {weight.device} and {pred.device}",
         )
     _check_classes(classes, num_classes)
-    check_options(reduction, num_bins, group)
+    options = Options(per_image, reduction, num_bins, group)
+    options.check()
 
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
     labels, valid = mask_labels(target.to(torch.int64), num_classes, ignore_index)
     labels = _check_class_labels(labels, num_classes)
     logits = logits.expand(labels.shape[0], -1, -1, -1)
-    loss = softmax_loss(logits, labels, valid, weight, classes, per_image, reduction)
+    loss = softmax_loss(logits, labels, valid, weight, classes, options)
     return loss.to(pred.dtype if weight is None else torch.promote_types(pred.dtype, weight.dtype))
 
 

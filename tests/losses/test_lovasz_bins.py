@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both Lovász losses with their errors ranked by bins."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss, lovasz_hinge_loss, lovasz_softmax_loss
+
+from testing.base import BaseTester
+
+LOSSES = (lovasz_hinge_loss, lovasz_softmax_loss)
+# Rounding of a loss; the sums of many weights are float32 at least.
+RTOL = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-6, torch.float64: 2e-6}
+
+
+def make_inputs(loss, device, dtype, shape=(2, 16, 24), scale=1.0, seed=0):
+    """Logits of ``scale``, and labels; of four classes, the last is absent."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, height, width = shape
+    channels = 1 if loss is lovasz_hinge_loss else 4
+    pred = scale * torch.randn(batch, channels, height, width, generator=generator)
+    target = torch.randint(0, 2 if channels == 1 else 3, shape, generator=generator)
+    return pred.to(device, dtype), target.to(device)
+
+
+def value_and_grad(loss, pred, target, **options):
+    leaf = pred.clone().requires_grad_()
+    value = loss(leaf, target, **options)
+    (grad,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), grad
+
+
+def largest_error(loss, pred, target):
+    if loss is lovasz_softmax_loss:
+        return 1.0
+    return float((1 - pred[:, 0].double() * (2 * target - 1)).max().clamp(min=0))
+
+
+def jaccard_loss(missed: int, alarms: int, total: int) -> Fraction:
+    """1 - IoU of a prediction that misses some of the foreground and raises false alarms."""
+    return Fraction(missed + alarms, total + alarms) if total + alarms else Fraction(0)
+
+
+def mean_of_two_orders(total: int, alarms: int) -> tuple[Fraction, Fraction]:
+    """Weight of a foreground and of a background pixel, where errors tie: by adding up Jaccard losses."""
+    both = jaccard_loss(total, alarms, total)
+    foreground_first, background_first = jaccard_loss(total, 0, total), jaccard_loss(0, alarms, total)
+    foreground = (foreground_first + both - background_first) / 2 / total
+    background = (background_first + both - foreground_first) / 2 / alarms
+    return foreground, background
+
+
+@pytest.fixture(autouse=True, params=["dense", "sparse"])
+def ranking(request, monkeypatch):
+    """Every test runs with both forms, whatever the size of its inputs."""
+    monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
+    monkeypatch.setattr("kornia.losses._lovasz._SLAB", 1000)
+    monkeypatch.setattr("kornia.losses._lovasz._PIECE", 100)
+    if request.param == "dense":
+        monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
+
+
+sparse_only = pytest.mark.parametrize("ranking", ["sparse"], indirect=True)
+
+
+class TestWeights(BaseTester):
+    @pytest.mark.parametrize("total,alarms", ((1, 1), (1, 7), (6, 2), (40, 60)))
+    def test_feature_weights_of_ties(self, total, alarms, device):
+        # errors that tie share a bin, and their weights are the mean of those of two orders
+        target = torch.tensor([1] * total + [0] * alarms, device=device).view(1, 1, -1)
+        pred = torch.zeros(1, 1, 1, total + alarms, device=device, dtype=torch.float64)
+        value, grad = value_and_grad(lovasz_hinge_loss, pred, target, num_bins=4)
+        foreground, background = mean_of_two_orders(total, alarms)
+        expected = [-float(foreground)] * total + [float(background)] * alarms
+        self.assert_close(grad.flatten().tolist(), expected, rtol=1e-12, atol=0.0)
+        self.assert_close(value.item(), float(jaccard_loss(total, alarms, total)), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+class TestLovaszBins(BaseTester):
+    def test_smoke(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        value = loss(pred, target, num_bins=64)
+        assert value.shape == () and value.dtype == dtype and value > 0
+
+    @pytest.mark.parametrize("num_bins", (0, -3, 1.5, "64", True, 1 << 17))
+    def test_exception(self, loss, num_bins, device):
+        pred, target = make_inputs(loss, device, torch.float32)
+        with pytest.raises(ValueError, match=r"num_bins must be None or an integer in \[1, 65536\]"):
+            loss(pred, target, num_bins=num_bins)
+
+    @pytest.mark.parametrize("per_image", (True, False))
+    @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+    def test_cardinality(self, loss, per_image, reduction, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        value = loss(pred, target, num_bins=64, per_image=per_image, reduction=reduction)
+        assert value.shape == ((2 if per_image else 1,) if reduction == "none" else ())
+        exact = loss(pred, target, per_image=per_image, reduction=reduction)
+        self.assert_close(value, exact, rtol=max(1e-4, RTOL[dtype]), atol=0.0)
+
+    def test_module(self, loss, device, dtype):
+        module = (LovaszHingeLoss if loss is lovasz_hinge_loss else LovaszSoftmaxLoss)(num_bins=32, per_image=False)
+        pred, target = make_inputs(loss, device, dtype)
+        self.assert_close(module(pred, target), loss(pred, target, num_bins=32, per_image=False))
+
+    @pytest.mark.parametrize("num_bins", (1, 2, 5, 64, 1024))
+    @pytest.mark.parametrize("case", ("random", "ties", "one class", "wrong", "right", "extreme", "outlier", "tiny"))
+    def test_feature_bound(self, loss, case, num_bins, device):
+        # never above the exact loss, and below it by no more than the largest error / num_bins
+        pred, target = make_inputs(loss, device, torch.float64, scale=2.0, seed=num_bins)
+        channels = pred.shape[1]
+        signs = 2.0 * (target == 1).unsqueeze(1) - 1 if channels == 1 else None
+        right = signs if channels == 1 else 2.0 * torch.nn.functional.one_hot(target, channels).movedim(-1, 1) - 1
+        if case == "ties":
+            pred = pred.round()
+        elif case == "one class":
+            target = torch.ones_like(target)
+        elif case == "wrong":
+            pred = -pred.abs() * right
+        elif case == "right":
+            pred = pred.abs() * right
+        elif case == "extreme":
+            pred = pred * 1e4
+        elif case == "outlier":
+            pred[0, 0, 0, 0] = 3e4
+        elif case == "tiny":
+            pred = pred * 1e-3
+        for per_image in (True, False):
+            options = {"per_image": per_image, "reduction": "none"}
+            exact = loss(pred, target, **options)
+            value = loss(pred, target, num_bins=num_bins, **options)
+            assert (value <= exact * (1 + 1e-6)).all()
+            assert (value >= exact - largest_error(loss, pred, target) / num_bins - 1e-6 * exact).all()
+            assert value.isfinite().all()
+
+    @pytest.mark.parametrize("scale", (0.05, 1.0, 30.0))
+    def test_feature_accuracy(self, loss, scale, device):
+        pred, target = make_inputs(loss, device, torch.float32, (2, 128, 128), scale)
+        for per_image in (True, False):
+            exact, expected = value_and_grad(loss, pred, target, per_image=per_image)
+            value, grad = value_and_grad(loss, pred, target, per_image=per_image, num_bins=1024)
+            self.assert_close(value, exact, rtol=1e-5, atol=0.0)
+            assert (grad - expected).norm() < 2e-3 * expected.norm()
+
+    def test_feature_accuracy_of_rare_foreground(self, loss, device):
+        pred, _ = make_inputs(loss, device, torch.float32, (1, 128, 128))
+        target = torch.zeros(1, 128, 128, dtype=torch.long, device=device)
+        target[:, 3:7, 5:9] = 1
+        for scale in (0.05, 1.0, 30.0):
+            exact, expected = value_and_grad(loss, pred * scale, target)
+            value, grad = value_and_grad(loss, pred * scale, target, num_bins=1024)
+            self.assert_close(value, exact, rtol=1e-3, atol=0.0)
+            assert (grad - expected).norm() < 2e-2 * expected.norm()
+
+    def test_feature_absent_class_is_exact(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        target.zero_()
+        options = {} if loss is lovasz_hinge_loss else {"classes": [1, 3]}
+        for per_image in (True, False):
+            exact, expected = value_and_grad(loss, pred, target, per_image=per_image, **options)
+            value, grad = value_and_grad(loss, pred, target, per_image=per_image, num_bins=1, **options)
+            self.assert_close(value, exact, rtol=RTOL[dtype], atol=0.0)
+            self.assert_close(grad, expected)
+
+    @pytest.mark.parametrize("per_image", (True, False))
+    def test_feature_ignore_index(self, loss, per_image, device, dtype):
+        # ignored pixels are as good as removed
+        pred, target = make_inputs(loss, device, dtype)
+        marked = target.clone()
+        marked[:, 3:9] = 255
+        pred[:, :, 3:9] *= 5
+        value, grad = value_and_grad(loss, pred, marked, num_bins=16, per_image=per_image, ignore_index=255)
+        keep = [row for row in range(16) if not 3 <= row < 9]
+        expected, expected_grad = value_and_grad(
+            loss, pred[:, :, keep], target[:, keep], num_bins=16, per_image=per_image
+        )
+        self.assert_close(value, expected, rtol=RTOL[dtype], atol=0.0)
+        self.assert_close(grad[:, :, keep], expected_grad)
+        assert not grad[:, :, 3:9].any()
+
+    @pytest.mark.parametrize("per_image", (True, False))
+    def test_feature_nothing_valid(self, loss, per_image, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        value, grad = value_and_grad(loss, pred, torch.full_like(target, -100), num_bins=8, per_image=per_image)
+        assert value == 0 and not grad.any()
+        assert loss(pred[:0], target[:0], num_bins=8, per_image=per_image) == 0
+        assert loss(pred[:, :, :0], target[:, :0], num_bins=8, per_image=per_image) == 0
+
+    def test_feature_not_finite(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        broken = pred.clone()
+        broken[0, 0, 0, 0] = float("nan")
+        losses = loss(broken, target, num_bins=8, reduction="none")
+        assert losses[0].isnan() and losses[1].isfinite()
+        if loss is lovasz_hinge_loss:
+            sure = torch.where(target == 1, float("inf"), float("-inf")).to(dtype).unsqueeze(1)
+            mixed = torch.where(torch.arange(24, device=device) < 12, sure, pred)
+            value, grad = value_and_grad(loss, mixed, target, num_bins=1024)
+            assert value.isfinite() and not grad[..., :12].any()
+            assert loss(-sure, target, num_bins=8) == float("inf")
+
+    @sparse_only
+    @pytest.mark.parametrize("per_image", (True, False))
+    @pytest.mark.parametrize("num_bins", (3, 200))
+    def test_feature_forms_agree(self, loss, per_image, num_bins, device, monkeypatch):
+        pred, target = make_inputs(loss, device, torch.float32, (3, 40, 50))
+        target[1, :20] = -100
+        value, grad = value_and_grad(loss, pred, target, num_bins=num_bins, per_image=per_image)
+        monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
+        for slab in (1, 1 << 22):
+            monkeypatch.setattr("kornia.losses._lovasz._SLAB", 777 * slab)
+            dense, expected = value_and_grad(loss, pred, target, num_bins=num_bins, per_image=per_image)
+            # The forms round the softmax differently, which can move a pixel at the edge of a bin.
+            self.assert_close(value, dense, rtol=1e-6 if loss is lovasz_hinge_loss else 1e-4, atol=0.0)
+            assert (grad - expected).norm() < (2e-6 if loss is lovasz_hinge_loss else 1e-2) * expected.norm()
+
+    def test_feature_deterministic(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, second = (value_and_grad(loss, pred, target, num_bins=64) for _ in range(2))
+        finally:
+            torch.use_deterministic_algorithms(before)
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+    @sparse_only
+    @pytest.mark.parametrize("per_image", (True, False))
+    def test_functorch(self, loss, per_image, device):
+        pred, target = make_inputs(loss, device, torch.float64, (2, 3, 4))
+        target[0, 0] = -100
+
+        def function(logits, labels):
+            return loss(logits, labels, num_bins=4096, per_image=per_image)
+
+        preds, targets = torch.stack([pred, 2 * pred]), torch.stack([target, target.flip(1)])
+        expected = torch.stack([function(*pair) for pair in zip(preds, targets)])
+        self.assert_close(torch.func.vmap(function)(preds, targets), expected)
+        _, grad = value_and_grad(function, pred, target)
+        self.assert_close(torch.func.grad(function)(pred, target), grad)
+        tangent = torch.linspace(-1, 1, pred.numel(), device=device, dtype=pred.dtype).view_as(pred)
+        _, along = torch.func.jvp(lambda logits: function(logits, target), (pred,), (tangent,))
+        self.assert_close(along, (grad * tangent).sum())
+
+    @pytest.mark.grad
+    def test_gradcheck(self, loss, device):
+        pred, target = make_inputs(loss, device, torch.float64, (2, 3, 4))
+        self.gradcheck(lambda logits: loss(logits, target, num_bins=4096), (pred,))
+        assert torch.autograd.gradgradcheck(
+            lambda logits: loss(logits, target, num_bins=4096), (pred.requires_grad_(),)
+        )
+
+    @pytest.mark.jit
+    @sparse_only
+    @pytest.mark.parametrize("per_image", (True, False))
+    def test_dynamo(self, loss, per_image, device, torch_optimizer):
+        def function(logits, labels):
+            return loss(logits, labels, num_bins=64, per_image=per_image)
+
+        compiled = torch_optimizer(function, fullgraph=True)
+        for seed in range(2):
+            pred, target = make_inputs(loss, device, torch.float32, seed=seed)
+            value, grad = value_and_grad(function, pred, target)
+            compiled_value, compiled_grad = value_and_grad(compiled, pred, target)
+            self.assert_close(compiled_value, value, rtol=1e-5, atol=0.0)
+            assert (compiled_grad - grad).norm() < 1e-4 * grad.norm()  # a pixel can be at the edge of a bin

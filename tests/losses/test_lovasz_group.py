@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batches of several processes as one batch: real processes, compared with one that has it all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
+
+from testing.base import BaseTester
+
+HEIGHT, WIDTH, CHANNELS = 9, 14, 3
+NUM_BINS = 32
+# Images of each process, in turn: more processes than entries begin again.
+SIZES = {"alike": (2, 2, 2), "different": (1, 3, 2), "empty": (3, 0, 1)}
+CASES = [
+    (loss, sizes, labels)
+    for loss in ("hinge", "softmax")
+    for sizes in SIZES
+    for labels in ("plain", "ignored", "apart", "absent")
+]
+SOFTMAX_OPTIONS = {"plain": {}, "ignored": {}, "apart": {"classes": "present"}, "absent": {"classes": "all"}}
+
+
+def make_case(case, ranks):
+    """Features and labels of each process."""
+    loss, sizes, labels = case
+    generator = torch.Generator().manual_seed(len(loss) + len(sizes))
+    batches = []
+    for rank in range(ranks):
+        shape = (SIZES[sizes][rank], HEIGHT, WIDTH)
+        features = torch.randn(shape[0], CHANNELS, HEIGHT, WIDTH, generator=generator).double()
+        target = torch.randint(0, 2 if loss == "hinge" else 4, shape, generator=generator)
+        if labels == "ignored" and rank == 0:
+            target.fill_(-100)  # one process has no valid pixel
+        elif labels == "apart":
+            target.fill_(rank % 2)  # each process has one class
+        elif labels == "absent":
+            target.zero_()
+        batches.append((features, target))
+    return batches
+
+
+def make_model(case):
+    torch.manual_seed(7)
+    return torch.nn.Conv2d(CHANNELS, 1 if case[0] == "hinge" else 5, 3, padding=1).double()
+
+
+def make_loss(case, group):
+    if case[0] == "hinge":
+        return lambda *pair: lovasz_hinge_loss(*pair, per_image=False, num_bins=NUM_BINS, group=group)
+    options = SOFTMAX_OPTIONS[case[2]]
+    return lambda *pair: lovasz_softmax_loss(*pair, per_image=False, num_bins=NUM_BINS, group=group, **options)
+
+
+def join_group(rank, ranks, folder, seconds=60):
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds))
+
+
+def train_in_group(rank, ranks, folder):
+    join_group(rank, ranks, folder)
+    results = []
+    for case in CASES:
+        model = torch.nn.parallel.DistributedDataParallel(make_model(case))
+        features, target = make_case(case, ranks)[rank]
+        value = make_loss(case, dist.group.WORLD)(model(features), target)
+        value.backward()
+        results.append((value.detach(), [p.grad for p in model.parameters()]))
+    # without a graph, as in validation
+    with torch.no_grad():
+        results.append((make_loss(CASES[0], dist.group.WORLD)(make_model(CASES[0])(features), target.clamp(max=1)), []))
+    alone = dist.new_group([0])
+    message = ""
+    if rank > 0:
+        try:
+            make_loss(CASES[0], alone)(make_model(CASES[0])(features), target.clamp(max=1))
+        except ValueError as error:
+            message = str(error)
+    torch.save((results, message), Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def lose_a_process(rank, ranks, folder):
+    join_group(rank, ranks, folder, seconds=20)
+    features, target = make_case(CASES[0], ranks)[rank]
+    loss, model = make_loss(CASES[0], dist.group.WORLD), make_model(CASES[0])
+    loss(model(features), target)
+    if rank == ranks - 1:
+        os._exit(1)
+    try:
+        loss(model(features), target)
+    except RuntimeError as error:
+        torch.save(str(error), Path(folder) / f"error{rank}.pt")
+    os._exit(0)
+
+
+def run_processes(function, ranks, folder):
+    processes = [mp.get_context("spawn").Process(target=function, args=(rank, ranks, folder)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung, f"{len(hung)} of {ranks} processes hang"
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="module", params=(2, 3))
+def trained(request):
+    with tempfile.TemporaryDirectory() as folder:
+        assert not any(run_processes(train_in_group, request.param, folder))
+        yield [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(request.param)]
+
+
+class TestGroup(BaseTester):
+    @pytest.mark.parametrize("case", CASES, ids="-".join)
+    def test_one_process_with_everything(self, case, trained):
+        batches = make_case(case, len(trained))
+        model = make_model(case)
+        pred = model(torch.cat([features for features, _ in batches]))
+        expected = make_loss(case, None)(pred, torch.cat([target for _, target in batches]))
+        expected.backward()
+        for results, _ in trained:
+            value, grads = results[CASES.index(case)]
+            self.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-14)
+            assert torch.equal(value, trained[0][0][CASES.index(case)][0])
+            for grad, parameter in zip(grads, model.parameters()):
+                self.assert_close(grad, parameter.grad, rtol=1e-11, atol=1e-14)
+
+    def test_without_gradient(self, trained):
+        values = [results[-1][0] for results, _ in trained]
+        assert all(torch.equal(value, values[0]) for value in values)
+
+    def test_group_without_this_process(self, trained):
+        for rank, (_, message) in enumerate(trained):
+            assert rank == 0 or message.startswith("group must include this process")
+
+    def test_lost_process(self):
+        with tempfile.TemporaryDirectory() as folder:
+            codes = run_processes(lose_a_process, 3, folder)
+            assert codes == [0, 0, 1]
+            for rank in range(2):
+                assert torch.load(Path(folder) / f"error{rank}.pt")
+
+    @pytest.mark.parametrize("loss,channels", ((lovasz_hinge_loss, 1), (lovasz_softmax_loss, 3)))
+    def test_exception(self, loss, channels):
+        pred, target = torch.zeros(1, channels, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long)
+        with pytest.raises(ValueError, match="pass per_image=False"):
+            loss(pred, target, num_bins=8, group=object())
+        with pytest.raises(ValueError, match="pass num_bins"):
+            loss(pred, target, per_image=False, group=object())
