@@ -13,7 +13,13 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-COLOURS = {"this fork": "#2a6f97", "cross-entropy": "#6c757d", "Kornia 0.9.0": "#b23a48", "textbook": "#e07a1f"}
+COLOURS = {
+    "this fork": "#2a6f97",
+    "this fork, 1024 bins": "#61b5d9",
+    "cross-entropy": "#6c757d",
+    "Kornia 0.9.0": "#b23a48",
+    "textbook": "#e07a1f",
+}
 OTHERS = ["#7b5ea7", "#4f9d69"]
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from fork.compose import fetch_release, load_release_module  # noqa: E402 - found through the line above
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-OURS, BASELINE, RELEASE = "this fork", "cross-entropy", "Kornia 0.9.0"
+OURS, BINNED, BASELINE, RELEASE = "this fork", "this fork, 1024 bins", "cross-entropy", "Kornia 0.9.0"
 
 
 def textbook_terms(errors: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,10 @@ def implementations(kind: str) -> dict[str, Loss]:
     """Implementations of one kind of loss, "softmax" or "hinge", under the names that the tables show."""
     wheel = fetch_release(ROOT)
     release = load_release_module(wheel, f"kornia.losses.lovasz_{kind}")
+    ours = lovasz_softmax_loss if kind == "softmax" else lovasz_hinge_loss
     return {
-        OURS: lovasz_softmax_loss if kind == "softmax" else lovasz_hinge_loss,
+        OURS: ours,
+        BINNED: functools.partial(ours, num_bins=1024),
         BASELINE: F.cross_entropy if kind == "softmax" else binary_cross_entropy,
         RELEASE: getattr(release, f"lovasz_{kind}_loss"),
         "textbook": textbook_softmax if kind == "softmax" else textbook_hinge,

@@ -248,7 +248,7 @@ def main() -> None:
             label = describe(kind, shape, stage)
             results["times"][label] = measure_times(kind, shape, stage, args.device, rounds)
             progress.advance(task)
-            if stage == "late":
+            if stage != "random" and shape not in small.get(kind, []):
                 results["memory"][label] = measure_memory(kind, shape, stage, args.device)
         for shape in sweep:
             results["sweep"][shape[-1]] = measure_times("softmax", shape, "late", args.device, rounds)

@@ -5,11 +5,13 @@ import tomllib
 from pathlib import Path
 
 SOURCE = Path(__file__).parent
-sys.path.insert(0, str(SOURCE))
+sys.path[:0] = [str(SOURCE), str(SOURCE / "../../benchmarks")]
 
 import figures  # noqa: E402 - found through the line above
+import traffic  # noqa: E402 - as well
 
 figures.draw_all(SOURCE / "_generated")
+(SOURCE / "_generated" / "traffic.rst").write_text(traffic.table(), encoding="utf-8")
 
 pyproject = tomllib.loads((SOURCE / "../../pyproject.toml").read_text(encoding="utf-8"))
 project = "Kornia with exact Lovász losses"

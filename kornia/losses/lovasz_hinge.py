@@ -54,8 +54,8 @@ def lovasz_hinge_loss(
 
         L = \int_0^\infty \Delta_J(\{i : e_i > t\}) \, dt = \sum_i w_i e_i
 
-    The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so the gradient
-    is exact to rounding at any image size.
+    The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so without
+    ``num_bins`` the gradient is exact to rounding at any image size.
 
     Args:
         pred: logits :math:`(B, 1, H, W)`, not probabilities: the decision threshold is 0. float16 and bfloat16 are
@@ -66,8 +66,15 @@ def lovasz_hinge_loss(
             None: nothing is ignored.
         per_image: True: each image is one group, whose IoU is optimised on its own. False: the batch is one group.
         reduction: over the groups: "mean", "sum", or "none" for one loss per group.
-        num_bins: None: the exact loss. Ranking by bins is not available yet.
-        group: None: the groups of this process. Groups across processes are not available yet.
+        num_bins: None: the exact loss. An integer in [1, 65536]: errors are counted in bins, half of them spread
+            evenly and half where the weights change fastest, instead of sorted. The loss is never above the exact
+            one, and below it by at most the largest error divided by
+            ``num_bins``; at 1024, loss and gradient usually
+            agree to 1e-6 and 1e-3. An absent class stays exact. No tensor has a shape that depends on values.
+        group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its processes
+            are scored as one batch, so each of them returns the loss of the global batch. The gradient is scaled for
+            averaging over the processes, as DistributedDataParallel does. Needs ``per_image=False`` and
+            ``num_bins``; each process of the group must call the loss, though its batch may be empty.
 
     Returns:
         the loss, in the dtype of a floating-point ``pred`` and otherwise in float32. It is 0-d, or with reduction
@@ -76,9 +83,10 @@ def lovasz_hinge_loss(
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
-        ValueError: if the batch or image sizes or the devices differ, ``reduction`` is unknown, or a label on the CPU
-            is neither 0, 1 nor ``ignore_index``.
-        NotImplementedError: if ``num_bins`` or ``group`` is given.
+        ValueError: if the batch or image sizes or the devices differ, ``reduction`` is unknown, ``num_bins`` is out
+            of range, ``group`` comes without what it needs, or a label on the CPU is neither 0, 1 nor
+            ``ignore_index``.
+        RuntimeError: if another process of ``group`` is lost or does not answer in time.
 
     References:
         [1] J. Yu and M. Blaschko, Learning Submodular Losses with the Lovász Hinge, ICML 2015.
@@ -130,8 +138,8 @@ class LovaszHingeLoss(nn.Module):
         ignore_index: label of the pixels to ignore, or None.
         per_image: whether each image is one group; otherwise the batch is.
         reduction: over the groups: "mean", "sum" or "none".
-        num_bins: None: the exact loss.
-        group: None: the groups of this process.
+        num_bins: how many bins rank the errors, or None to sort them: the exact loss.
+        group: process group whose batches are scored as one batch, or None.
 
     Shape:
         - pred: logits :math:`(B, 1, H, W)`.

@@ -58,8 +58,8 @@ def lovasz_softmax_loss(
 
         L = \frac{1}{C} \sum_c \int_0^1 \Delta_{J_c}(\{i : e_i > t\}) \, dt = \frac{1}{C} \sum_c \sum_i w_i e_i
 
-    The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so the gradient
-    is exact to rounding at any image size.
+    The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so without
+    ``num_bins`` the gradient is exact to rounding at any image size.
 
     Args:
         pred: logits :math:`(B, C, H, W)`, :math:`C > 1`, not probabilities. float16 and bfloat16 are computed in
@@ -73,8 +73,14 @@ def lovasz_softmax_loss(
             None: nothing is ignored.
         per_image: True: each image is one group, whose IoU is optimised on its own. False: the batch is one group.
         reduction: over the groups: "mean", "sum", or "none" for one loss per group.
-        num_bins: None: the exact loss. Ranking by bins is not available yet.
-        group: None: the groups of this process. Groups across processes are not available yet.
+        num_bins: None: the exact loss. An integer in [1, 65536]: errors are counted in bins, half of them spread
+            evenly and half where the weights change fastest, instead of sorted. The loss is never above the exact
+            one, and below it by at most ``1 / num_bins``; at 1024, loss and gradient usually
+            agree to 1e-6 and 1e-3. An absent class stays exact. No tensor has a shape that depends on values.
+        group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its processes
+            are scored as one batch, so each of them returns the loss of the global batch. The gradient is scaled for
+            averaging over the processes, as DistributedDataParallel does. Needs ``per_image=False`` and
+            ``num_bins``; each process of the group must call the loss, though its batch may be empty.
 
     Returns:
         the loss, in the dtype of ``pred`` promoted with that of ``weight``. It is 0-d, or with reduction "none"
@@ -84,11 +90,12 @@ def lovasz_softmax_loss(
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, C, H, W)` or ``target`` is not :math:`(B, H, W)`.
         ValueError: if ``pred`` has one class, the batch or image sizes or the devices differ, ``reduction`` is
-            unknown, or ``classes`` is an unknown string, empty, repeats a class or names one that ``pred`` lacks.
+            unknown, ``num_bins`` is out of range, ``group`` comes without what it needs, or ``classes`` is an unknown
+            string, empty, repeats a class or names one that ``pred`` lacks.
         BaseError: if ``weight`` does not hold one value per class or is on another device.
         TypeCheckError: if ``weight`` is not a tensor.
-        RuntimeError: if a label on the CPU is neither in :math:`[0, C)` nor ``ignore_index``.
-        NotImplementedError: if ``num_bins`` or ``group`` is given.
+        RuntimeError: if a label on the CPU is neither in :math:`[0, C)` nor ``ignore_index``, or if another process of
+            ``group`` is lost or does not answer in time.
 
     References:
         [1] M. Berman, A. Rannen Triki and M. B. Blaschko, The Lovász-Softmax loss, CVPR 2018, arXiv:1705.08790.
@@ -154,8 +161,8 @@ class LovaszSoftmaxLoss(nn.Module):
         ignore_index: label of the pixels to ignore, or None.
         per_image: whether each image is one group; otherwise the batch is.
         reduction: over the groups: "mean", "sum" or "none".
-        num_bins: None: the exact loss.
-        group: None: the groups of this process.
+        num_bins: how many bins rank the errors, or None to sort them: the exact loss.
+        group: process group whose batches are scored as one batch, or None.
 
     Shape:
         - pred: logits :math:`(B, C, H, W)`, :math:`C > 1`.

@@ -68,7 +68,7 @@ sparse_only = pytest.mark.parametrize("ranking", ["sparse"], indirect=True)
 
 
 class TestWeights(BaseTester):
-    @pytest.mark.parametrize("total,alarms", ((1, 1), (1, 7), (6, 2), (40, 60)))
+    @pytest.mark.parametrize("total,alarms", [(1, 1), (1, 7), (6, 2), (40, 60)])
     def test_feature_weights_of_ties(self, total, alarms, device):
         # errors that tie share a bin, and their weights are the mean of those of two orders
         target = torch.tensor([1] * total + [0] * alarms, device=device).view(1, 1, -1)
@@ -85,16 +85,18 @@ class TestLovaszBins(BaseTester):
     def test_smoke(self, loss, device, dtype):
         pred, target = make_inputs(loss, device, dtype)
         value = loss(pred, target, num_bins=64)
-        assert value.shape == () and value.dtype == dtype and value > 0
+        assert value.shape == ()
+        assert value.dtype == dtype
+        assert value > 0
 
-    @pytest.mark.parametrize("num_bins", (0, -3, 1.5, "64", True, 1 << 17))
+    @pytest.mark.parametrize("num_bins", [0, -3, 1.5, "64", True, 1 << 17])
     def test_exception(self, loss, num_bins, device):
         pred, target = make_inputs(loss, device, torch.float32)
         with pytest.raises(ValueError, match=r"num_bins must be None or an integer in \[1, 65536\]"):
             loss(pred, target, num_bins=num_bins)
 
-    @pytest.mark.parametrize("per_image", (True, False))
-    @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+    @pytest.mark.parametrize("per_image", [True, False])
+    @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
     def test_cardinality(self, loss, per_image, reduction, device, dtype):
         pred, target = make_inputs(loss, device, dtype)
         value = loss(pred, target, num_bins=64, per_image=per_image, reduction=reduction)
@@ -107,8 +109,8 @@ class TestLovaszBins(BaseTester):
         pred, target = make_inputs(loss, device, dtype)
         self.assert_close(module(pred, target), loss(pred, target, num_bins=32, per_image=False))
 
-    @pytest.mark.parametrize("num_bins", (1, 2, 5, 64, 1024))
-    @pytest.mark.parametrize("case", ("random", "ties", "one class", "wrong", "right", "extreme", "outlier", "tiny"))
+    @pytest.mark.parametrize("num_bins", [1, 2, 5, 64, 1024])
+    @pytest.mark.parametrize("case", ["random", "ties", "one class", "wrong", "right", "extreme", "outlier", "tiny"])
     def test_feature_bound(self, loss, case, num_bins, device):
         # never above the exact loss, and below it by no more than the largest error / num_bins
         pred, target = make_inputs(loss, device, torch.float64, scale=2.0, seed=num_bins)
@@ -137,7 +139,7 @@ class TestLovaszBins(BaseTester):
             assert (value >= exact - largest_error(loss, pred, target) / num_bins - 1e-6 * exact).all()
             assert value.isfinite().all()
 
-    @pytest.mark.parametrize("scale", (0.05, 1.0, 30.0))
+    @pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
     def test_feature_accuracy(self, loss, scale, device):
         pred, target = make_inputs(loss, device, torch.float32, (2, 128, 128), scale)
         for per_image in (True, False):
@@ -166,7 +168,7 @@ class TestLovaszBins(BaseTester):
             self.assert_close(value, exact, rtol=RTOL[dtype], atol=0.0)
             self.assert_close(grad, expected)
 
-    @pytest.mark.parametrize("per_image", (True, False))
+    @pytest.mark.parametrize("per_image", [True, False])
     def test_feature_ignore_index(self, loss, per_image, device, dtype):
         # ignored pixels are as good as removed
         pred, target = make_inputs(loss, device, dtype)
@@ -182,11 +184,12 @@ class TestLovaszBins(BaseTester):
         self.assert_close(grad[:, :, keep], expected_grad)
         assert not grad[:, :, 3:9].any()
 
-    @pytest.mark.parametrize("per_image", (True, False))
+    @pytest.mark.parametrize("per_image", [True, False])
     def test_feature_nothing_valid(self, loss, per_image, device, dtype):
         pred, target = make_inputs(loss, device, dtype)
         value, grad = value_and_grad(loss, pred, torch.full_like(target, -100), num_bins=8, per_image=per_image)
-        assert value == 0 and not grad.any()
+        assert value == 0
+        assert not grad.any()
         assert loss(pred[:0], target[:0], num_bins=8, per_image=per_image) == 0
         assert loss(pred[:, :, :0], target[:, :0], num_bins=8, per_image=per_image) == 0
 
@@ -195,17 +198,19 @@ class TestLovaszBins(BaseTester):
         broken = pred.clone()
         broken[0, 0, 0, 0] = float("nan")
         losses = loss(broken, target, num_bins=8, reduction="none")
-        assert losses[0].isnan() and losses[1].isfinite()
+        assert losses[0].isnan()
+        assert losses[1].isfinite()
         if loss is lovasz_hinge_loss:
             sure = torch.where(target == 1, float("inf"), float("-inf")).to(dtype).unsqueeze(1)
             mixed = torch.where(torch.arange(24, device=device) < 12, sure, pred)
             value, grad = value_and_grad(loss, mixed, target, num_bins=1024)
-            assert value.isfinite() and not grad[..., :12].any()
+            assert value.isfinite()
+            assert not grad[..., :12].any()
             assert loss(-sure, target, num_bins=8) == float("inf")
 
     @sparse_only
-    @pytest.mark.parametrize("per_image", (True, False))
-    @pytest.mark.parametrize("num_bins", (3, 200))
+    @pytest.mark.parametrize("per_image", [True, False])
+    @pytest.mark.parametrize("num_bins", [3, 200])
     def test_feature_forms_agree(self, loss, per_image, num_bins, device, monkeypatch):
         pred, target = make_inputs(loss, device, torch.float32, (3, 40, 50))
         target[1, :20] = -100
@@ -226,10 +231,11 @@ class TestLovaszBins(BaseTester):
             first, second = (value_and_grad(loss, pred, target, num_bins=64) for _ in range(2))
         finally:
             torch.use_deterministic_algorithms(before)
-        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
 
     @sparse_only
-    @pytest.mark.parametrize("per_image", (True, False))
+    @pytest.mark.parametrize("per_image", [True, False])
     def test_functorch(self, loss, per_image, device):
         pred, target = make_inputs(loss, device, torch.float64, (2, 3, 4))
         target[0, 0] = -100
@@ -256,7 +262,7 @@ class TestLovaszBins(BaseTester):
 
     @pytest.mark.jit
     @sparse_only
-    @pytest.mark.parametrize("per_image", (True, False))
+    @pytest.mark.parametrize("per_image", [True, False])
     def test_dynamo(self, loss, per_image, device, torch_optimizer):
         def function(logits, labels):
             return loss(logits, labels, num_bins=64, per_image=per_image)

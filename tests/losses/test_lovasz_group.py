@@ -155,7 +155,7 @@ class TestGroup(BaseTester):
             for rank in range(2):
                 assert torch.load(Path(folder) / f"error{rank}.pt")
 
-    @pytest.mark.parametrize("loss,channels", ((lovasz_hinge_loss, 1), (lovasz_softmax_loss, 3)))
+    @pytest.mark.parametrize("loss,channels", [(lovasz_hinge_loss, 1), (lovasz_softmax_loss, 3)])
     def test_exception(self, loss, channels):
         pred, target = torch.zeros(1, channels, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long)
         with pytest.raises(ValueError, match="pass per_image=False"):
