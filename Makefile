@@ -7,10 +7,11 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where the composed package keeps the overlay's files.
 OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
 
-.PHONY: help demo bench test lint types pytest doctest bench-smoke docs test-torch patch patch-test upstream-test rebase clean
+.PHONY: help demo evidence bench test lint types pytest doctest bench-smoke docs test-torch patch patch-test upstream-test rebase clean
 
 help:
 	@echo "make demo        train a segmentation network on real handwriting, with and without the Lovász stage"
+	@echo "make evidence    compare losses seed by seed, about an hour; stop it and go on as you like"
 	@echo "make bench       time, memory and accuracy beside Kornia 0.9.0 and cross-entropy"
 	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
 	@echo "make docs        the documentation, into docs/build/html"
@@ -24,6 +25,9 @@ help:
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/segment.py $(ARGS)
+
+evidence: $(VENV)/installed
+	$(BIN)/python examples/evidence.py $(ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py $(ARGS)

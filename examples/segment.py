@@ -38,26 +38,24 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of each pixel, and the loss of either stage: raw logits and labels in, a scalar out."""
+    """What is asked of each pixel: one foreground class, or one of several classes."""
 
     name: str
     class_names: tuple[str, ...]
-    cross_entropy: Loss
-    lovasz: Loss
 
     @property
     def is_binary(self) -> bool:
         """Whether the network has one output, the logit of the foreground, rather than one per class."""
         return self.name == "binary"
 
-    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+    def decide(self, logits: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
         """Logits (B, outputs, H, W) to classes (B, H, W)."""
-        return (logits[:, 0] > 0).long() if self.is_binary else logits.argmax(dim=1)
+        return (logits[:, 0] > threshold).long() if self.is_binary else logits.argmax(dim=1)
 
 
-def binary_task(foreground: str) -> Task:
-    """Foreground against background."""
-    return Task("binary", ("background", foreground), binary_cross_entropy, LovaszHingeLoss(ignore_index=IGNORE))
+def cross_entropy(task: Task) -> Loss:
+    """The loss to begin with: its gradient is useful from the first step on."""
+    return binary_cross_entropy if task.is_binary else torch.nn.CrossEntropyLoss(ignore_index=IGNORE)
 
 
 def binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -66,39 +64,76 @@ def binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.binary_cross_entropy_with_logits(logits[:, 0][valid], labels[valid].float())
 
 
-def multiclass_task(class_names: tuple[str, ...]) -> Task:
-    """One of several classes."""
-    # An image shows few of the classes, a batch most of them: scoring the batch as a whole, on the classes it shows,
-    # comes closest to the IoU over a data set that is reported in the end.
-    lovasz = LovaszSoftmaxLoss(classes="present", per_image=False, ignore_index=IGNORE)
-    return Task("multiclass", class_names, torch.nn.CrossEntropyLoss(ignore_index=IGNORE), lovasz)
+def lovasz(task: Task, *, per_image: bool = False, classes: str = "present") -> Loss:
+    """The loss to finish with.
+
+    Batch-wide and on the classes that the batch shows, it comes closest to the IoU over a data set that is reported
+    in the end.
+    """
+    if task.is_binary:
+        return LovaszHingeLoss(ignore_index=IGNORE, per_image=per_image)
+    return LovaszSoftmaxLoss(ignore_index=IGNORE, per_image=per_image, classes=classes)
 
 
-def train_stage(
-    model: torch.nn.Module, data: Split, loss: Loss, *, steps: int, lr: float, batch_size: int, seed: int
-) -> Iterator[float]:
-    """Train ``model`` in place and yield the loss of every step; the learning rate rises to ``lr``, then falls to 0."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.2)
-    batches = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        chosen = torch.randint(len(data.images), (batch_size,), generator=batches)
-        value = loss(model(data.images[chosen].to(device)), data.labels[chosen].to(device))
-        optimizer.zero_grad()
+def mixed(first: Loss, second: Loss, weight: float) -> Loss:
+    """``weight`` times the first loss plus the rest of 1 times the second."""
+    return lambda logits, labels: weight * first(logits, labels) + (1 - weight) * second(logits, labels)
+
+
+def build_network(task: Task, channels: int) -> torch.nn.Module:
+    """A U-Net of 0.8 million weights with raw logits as outputs."""
+    network = BasicUNet(
+        spatial_dims=2,
+        in_channels=channels,
+        out_channels=1 if task.is_binary else len(task.class_names),
+        features=(16, 32, 64, 96, 96, 16),
+        act="relu",
+        norm="batch",
+    )
+    # PyTorch's convolutions on the CPU are about a third faster with the channels last in memory.
+    return network.to(memory_format=torch.channels_last)
+
+
+class Stage:
+    """One stage of training. The learning rate rises to ``lr`` for a fifth of the steps, then falls to 0."""
+
+    def __init__(
+        self, model: torch.nn.Module, data: Split, loss: Loss, *, steps: int, lr: float, batch_size: int, seed: int
+    ) -> None:
+        self.model, self.data, self.loss, self.steps, self.batch_size = model, data, loss, steps, batch_size
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps, pct_start=0.2)
+        self.batches = torch.Generator().manual_seed(seed)
+
+    def step(self) -> float:
+        """One batch; its loss."""
+        device = next(self.model.parameters()).device
+        chosen = torch.randint(len(self.data.images), (self.batch_size,), generator=self.batches)
+        self.model.train()
+        value = self.loss(self.model(self.data.images[chosen].to(device)), self.data.labels[chosen].to(device))
+        self.optimizer.zero_grad()
         value.backward()
-        optimizer.step()
-        schedule.step()
-        yield value.item()
+        self.optimizer.step()
+        self.schedule.step()
+        return value.item()
+
+    def run(self) -> Iterator[float]:
+        """All steps; the loss of each."""
+        for _ in range(self.steps):
+            yield self.step()
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, data: Split, task: Task) -> Prediction:
-    """The network's decision on every image of a split, and its IoU."""
+def predict(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The logits of every image, on the CPU."""
     device = next(model.parameters()).device
     model.eval()
-    classes = torch.cat([task.decide(model(images.to(device))).cpu() for images in data.images.split(64)])
+    return torch.cat([model(part.to(device)).cpu() for part in images.split(64)])
+
+
+def judge(model: torch.nn.Module, data: Split, task: Task) -> Prediction:
+    """The network's decision on every image of a split, and its IoU."""
+    classes = task.decide(predict(model, data.images))
     return Prediction(classes, iou_per_class(classes, data.labels, len(task.class_names)))
 
 
@@ -108,28 +143,19 @@ def run_task(task: Task, data: dict[str, Split], args: argparse.Namespace, progr
     def train(model: torch.nn.Module, name: str, loss: Loss, steps: int, lr: float) -> Prediction:
         """Run one stage and judge its result; the IoU beside its bar is that of the validation images."""
         bar = progress.add_task(f"{task.name}: {name}", total=steps, note="")
-        stage = train_stage(model, data["train"], loss, steps=steps, lr=lr, batch_size=args.batch_size, seed=args.seed)
-        for value in stage:
+        stage = Stage(model, data["train"], loss, steps=steps, lr=lr, batch_size=args.batch_size, seed=args.seed)
+        for value in stage.run():
             progress.update(bar, advance=1, note=f"loss {value:.3f}")
-        validation = score(predict(model, data["validation"], task).iou, is_binary=task.is_binary)
+        validation = score(judge(model, data["validation"], task).iou, is_binary=task.is_binary)
         progress.update(bar, note=f"validation {percent(validation)} %")
-        return predict(model, data["test"], task)
+        return judge(model, data["test"], task)
 
     torch.manual_seed(args.seed)
-    model = BasicUNet(
-        spatial_dims=2,
-        in_channels=data["train"].images.shape[1],
-        out_channels=1 if task.is_binary else len(task.class_names),
-        features=(16, 32, 64, 96, 96, 16),
-        act="relu",
-        norm="batch",
-    )
-    # PyTorch's convolutions on the CPU are about a third faster with the channels last in memory.
-    model = model.to(args.device, memory_format=torch.channels_last)
-    before = train(model, "cross-entropy", task.cross_entropy, args.steps, args.lr)
+    model = build_network(task, data["train"].images.shape[1]).to(args.device)
+    before = train(model, "cross-entropy", cross_entropy(task), args.steps, args.lr)
     rival = copy.deepcopy(model)
-    after = train(model, "Lovász", task.lovasz, args.lovasz_steps, args.lovasz_lr)
-    without = train(rival, "instead, cross-entropy", task.cross_entropy, args.lovasz_steps, args.lovasz_lr)
+    after = train(model, "Lovász", lovasz(task), args.lovasz_steps, args.lovasz_lr)
+    without = train(rival, "instead, cross-entropy", cross_entropy(task), args.lovasz_steps, args.lovasz_lr)
     predictions = {"before": before, "after": after, "without": without}
     return Outcome(task.name, task.class_names, data["test"].labels, predictions)
 
@@ -265,12 +291,19 @@ def main(argv: list[str] | None = None) -> None:
         if args.images:
             splits, num_classes = folder_splits(args)
             names = tuple(f"class {index}" for index in range(num_classes))
-            jobs = [(binary_task("foreground") if args.task == "binary" else multiclass_task(names), splits)]
+            jobs = [
+                (
+                    Task("binary", ("background", "foreground"))
+                    if args.task == "binary"
+                    else Task("multiclass", names),
+                    splits,
+                )
+            ]
             subject = "held-out images"
         else:
             splits = scene_splits(args)
             ink = {name: Split(split.images, (split.labels > 0).long()) for name, split in splits.items()}
-            jobs = [(binary_task("ink"), ink), (multiclass_task(digit_scenes.CLASS_NAMES), splits)]
+            jobs = [(Task("binary", ("paper", "ink")), ink), (Task("multiclass", digit_scenes.CLASS_NAMES), splits)]
             jobs = [(task, data) for task, data in jobs if args.task in ("both", task.name)]
             subject = "scenes of held-out digits"
     except (DataError, OSError) as error:

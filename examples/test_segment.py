@@ -114,7 +114,7 @@ class TestTraining:
         data = segment.Split(images, (images[:, 0] > 0.5).long())
         model = torch.nn.Conv2d(1, 1, 1)
         loss = segment.binary_task("ink").cross_entropy
-        values = list(segment.train_stage(model, data, loss, steps=200, lr=0.1, batch_size=8, seed=0))
+        values = list(segment.Stage(model, data, loss, steps=200, lr=0.1, batch_size=8, seed=0).run())
         assert len(values) == 200
         assert np.mean(values[-10:]) < 0.5 * np.mean(values[:10])
 
