@@ -19,17 +19,18 @@ from pathlib import Path
 
 import digit_scenes
 import torch
+from data import Split, looped_digits, scene_splits
 from monai.losses import DiceLoss
-from report import iou_per_class, score
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from segment import Loss, Split, Stage, Task, build_network, cross_entropy, lovasz, mixed, predict
+from segment import Loss, Stage, Task, build_network, cross_entropy, evaluate, lovasz, mixed, predict
+
+from kornia.metrics.iou_threshold import best_iou_threshold, iou_at_thresholds
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 CHECKPOINTS = ROOT.parent / "build" / "evidence"
 
-LOOPED = (0, 6, 8, 9)  # the foreground of the binary task: 4 % of the pixels
 TASKS = {
     "looped digits": Task("binary", ("rest", "looped")),
     "all digits": Task("multiclass", digit_scenes.CLASS_NAMES),
@@ -71,58 +72,43 @@ def make_loss(task: Task, name: str) -> Loss:
 
 @lru_cache(maxsize=1)
 def scenes(seed: int) -> dict[str, Split]:
-    """Training, validation and test scenes of a seed, from scans that only one of the three sees."""
-    scans = digit_scenes.split_scans(seed)
-    counts = zip(scans, SETTINGS["scenes"], strict=True)
-    return {
-        name: Split(*digit_scenes.compose_scenes(scans[name], count, SETTINGS["size"], (seed, index)))
-        for index, (name, count) in enumerate(counts)
-    }
+    """The scenes of a seed, made once for all its runs."""
+    return scene_splits(tuple(SETTINGS["scenes"]), SETTINGS["size"], seed)
 
 
 def task_data(task_name: str, seed: int) -> dict[str, Split]:
     """The scenes with the labels of the task."""
     if not TASKS[task_name].is_binary:
         return scenes(seed)
-    foreground = torch.tensor([1 + digit for digit in LOOPED])
-    return {
-        name: Split(split.images, torch.isin(split.labels, foreground).long()) for name, split in scenes(seed).items()
-    }
+    return {name: looped_digits(split) for name, split in scenes(seed).items()}
 
 
-def best_threshold(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The threshold of the logits with the largest IoU."""
-    ordered, order = logits.flatten().sort(descending=True)
-    found = labels.flatten()[order].cumsum(0)
-    above = torch.arange(1, len(ordered) + 1)
-    iou = found / (labels.sum() + above - found)
-    between = ordered[:-1] > ordered[1:]
-    best = torch.where(between, iou[:-1], -1.0).argmax()
-    return (ordered[best] + ordered[best + 1]).item() / 2
-
-
-def evaluate(model: torch.nn.Module, task: Task, data: dict[str, Split]) -> dict:
+def measure(model: torch.nn.Module, task: Task, data: dict[str, Split]) -> dict:
     """IoU on validation and test images: at probability 0.5 and, if binary, at the best threshold of validation."""
-    logits = {name: predict(model, data[name].images) for name in ("validation", "test")}
-    thresholds = {"half": 0.0}
-    if task.is_binary:
-        thresholds["best"] = best_threshold(logits["validation"][:, 0], data["validation"].labels)
-    result: dict = {"threshold": thresholds["best"]} if task.is_binary else {}
-    for name, of_split in logits.items():
-        for at, threshold in thresholds.items():
-            classes = task.decide(of_split, threshold)
-            iou = iou_per_class(classes, data[name].labels, len(task.class_names))
-            result[f"{name} at {at}"] = score(iou, is_binary=task.is_binary)
-            if not task.is_binary:
-                result[f"{name} per class"] = iou.tolist()
-    return result
+    if not task.is_binary:
+        of_split = {name: evaluate(model, data[name], task) for name in ("validation", "test")}
+        means = {f"{name} at half": evaluation.score for name, evaluation in of_split.items()}
+        return means | {f"{name} per class": evaluation.iou.tolist() for name, evaluation in of_split.items()}
+    validation, test = data["validation"], data["test"]
+    logits = predict(model, validation.images)
+    threshold, best = best_iou_threshold(logits, validation.labels)
+    thresholds = torch.stack([torch.zeros_like(threshold), threshold])
+    on_test = iou_at_thresholds(predict(model, test.images), test.labels, thresholds).tolist()
+    return {
+        "threshold": threshold.item(),
+        "validation at half": iou_at_thresholds(logits, validation.labels, thresholds[:1]).item(),
+        "validation at best": best.item(),
+        "test at half": on_test[0],
+        "test at best": on_test[1],
+    }
 
 
 def train(model: torch.nn.Module, data: Split, loss: Loss, *, steps: int, rate: float, seed: int) -> float:
     """One stage; the seconds it took."""
     start = time.perf_counter()
-    for _ in Stage(model, data, loss, steps=steps, lr=rate, batch_size=SETTINGS["batch_size"], seed=seed).run():
-        pass
+    stage = Stage(model, data, loss, steps=steps, lr=rate, batch_size=SETTINGS["batch_size"], seed=seed)
+    while stage.done < stage.steps:
+        stage.step()
     return time.perf_counter() - start
 
 
@@ -142,7 +128,7 @@ def run_job(job: dict, path: Path) -> int:
         else:
             steps = sum(SETTINGS["steps"])
             seconds = [train(model, data["train"], make_loss(task, first), steps=steps, rate=rates[0], seed=seed)]
-        record = {"task": job["task"], "arm": arm, "seed": seed, "rates": rates, **evaluate(model, task, data)}
+        record = {"task": job["task"], "arm": arm, "seed": seed, "rates": rates, **measure(model, task, data)}
         record |= {"seconds": [round(s, 1) for s in seconds], "settings": SETTINGS, **circumstances()}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

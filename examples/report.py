@@ -1,44 +1,51 @@
-"""What a run has to show: the IoU over a whole data set, a table of it, and a picture of predictions."""
+"""What a run has to show: its table, its curves, and pictures of its predictions."""
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # the picture goes to a file, so no screen is needed
+mpl.use("Agg")  # the pictures go to files, so no screen is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from data import Split
 from folder_data import IGNORE
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from rich.table import Table
 
-from kornia.metrics import confusion_matrix
-
 PAPER, IGNORED = "#ffffff", "#c8c8c8"
 FOUND, MISSED, WRONG = "#2f2f2f", "#f28e2b", "#d6278a"
+STAGES = ("cross-entropy", "Lovász")
+STAGE_COLOURS = ("#7f7f7f", "#1f77b4")
+SHOWN = 6  # test images in the picture
 MAX_LEGEND = 24  # more classes than this are not told apart by colour anyway
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What one trained network says about the test images: classes (N, H, W) and the IoU of every class."""
+class StageOutcome:
+    """The best weights of a stage: IoU by split, the place of the chosen threshold, classes of the first test images.
 
+    The IoU is that at every threshold of a binary task, or that of every class.
+    """
+
+    iou: dict[str, torch.Tensor]
+    chosen: int | None
     classes: torch.Tensor
-    iou: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One task on its test images: the labels (N, H, W) and what was predicted ``"before"``, ``"after"`` and
-    ``"without"`` the Lovász stage."""
+    """A finished run: the probabilities to choose a threshold from, its history and the outcome of each stage."""
 
     task: str
     class_names: tuple[str, ...]
-    labels: torch.Tensor
-    predictions: dict[str, Prediction]
+    probabilities: torch.Tensor
+    history: list[dict]
+    stages: list[StageOutcome]
 
     @property
     def is_binary(self) -> bool:
@@ -46,68 +53,120 @@ class Outcome:
         return self.task == "binary"
 
 
-def iou_per_class(classes: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """IoU of every class, all pixels of the data set counted together; ``nan`` for a class in neither map."""
-    valid = labels != IGNORE
-    counts = confusion_matrix(classes[valid][None], labels[valid][None], num_classes)[0].double()
-    both = counts.diagonal()
-    return both / (counts.sum(0) + counts.sum(1) - both)
+def rows(outcome: Outcome) -> list[dict]:
+    """The table as records: for every stage the IoU at both thresholds, or that of every class and their mean."""
+    records = []
+    for name, stage in zip(STAGES, outcome.stages, strict=True):
+        if outcome.is_binary:
+            half = int((outcome.probabilities - 0.5).abs().argmin())
+            places = [(outcome.class_names[1], place) for place in (half, stage.chosen)]
+        else:
+            places = list(zip(outcome.class_names, range(len(outcome.class_names))))
+        for class_name, place in places:
+            threshold = f"{outcome.probabilities[place]:.2f}" if outcome.is_binary else ""
+            values = {f"{split}_iou": iou[place].item() for split, iou in stage.iou.items()}
+            records.append({"after": name, "class": class_name, "threshold": threshold, **values})
+        if not outcome.is_binary:
+            means = {f"{split}_iou": iou.nanmean().item() for split, iou in stage.iou.items()}
+            records.append({"after": name, "class": "mean", "threshold": "", **means})
+    return records
 
 
-def score(iou: torch.Tensor, *, is_binary: bool) -> float:
-    """The one number a task is judged by: the foreground's IoU, or the mean over the classes."""
-    return (iou[1] if is_binary else iou.nanmean()).item()
-
-
-def iou_table(outcome: Outcome, headings: dict[str, str]) -> Table:
-    """IoU in percent: a column for every network, with its heading, and a row for every class."""
-    table = Table()
-    table.add_column("IoU, %")
-    for name in outcome.predictions:
-        table.add_column(headings[name], justify="right")
-    for index, class_name in enumerate(outcome.class_names):
-        if not (outcome.is_binary and index == 0):
-            table.add_row(class_name, *(percent(p.iou[index].item()) for p in outcome.predictions.values()))
-    if not outcome.is_binary:
-        table.add_section()
-        means = (percent(score(p.iou, is_binary=False)) for p in outcome.predictions.values())
-        table.add_row("mean", *means, style="bold")
-    return table
+def table(outcome: Outcome, images: int) -> Table:
+    """IoU in percent on the test images."""
+    records = rows(outcome)
+    shown = Table(title=f"{outcome.task}: IoU on {images} test images, %", title_justify="left")
+    if outcome.is_binary:
+        for heading in ("after", "threshold", "validation", "test"):
+            shown.add_column(heading, justify="left" if heading == "after" else "right")
+        for place, record in enumerate(records):
+            numbers = percent(record["validation_iou"]), percent(record["test_iou"])
+            best = " best" if place % 2 else ""
+            shown.add_row(record["after"], record["threshold"] + best, *numbers)
+        return shown
+    shown.add_column("class")
+    for name in STAGES:
+        shown.add_column(f"after {name}", justify="right")
+    half = len(records) // 2
+    for before, after in zip(records[:half], records[half:], strict=True):
+        if before["class"] == "mean":
+            shown.add_section()
+        shown.add_row(before["class"], percent(before["test_iou"]), percent(after["test_iou"]))
+    return shown
 
 
 def percent(fraction: float) -> str:
     """A fraction as a percentage for people."""
-    return "-" if np.isnan(fraction) else f"{100 * fraction:.1f}"
+    return f"{100 * fraction:.1f}" if np.isfinite(fraction) else "-"
 
 
-def draw(path: Path, images: torch.Tensor, outcomes: list[Outcome], columns: int = 6) -> None:
-    """Write a picture of the first test images: each above its labels and every task's predictions before and after."""
-    images = images[:columns]
-    rows = [("image", images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())]
-    most_classes = max(outcomes, key=lambda outcome: len(outcome.class_names))
-    rows.append(("label", colour_classes(most_classes.labels[: len(images)], most_classes)))
-    for outcome in outcomes:
-        labels = outcome.labels[: len(images)]
-        for name in ("before", "after"):
-            prediction = outcome.predictions[name]
-            shown = prediction.classes[: len(images)]
-            pixels = colour_errors(shown, labels) if outcome.is_binary else colour_classes(shown, outcome)
-            iou = percent(score(prediction.iou, is_binary=outcome.is_binary))
-            rows.append((f"{outcome.task}\n{name} Lovász\nIoU {iou} %", pixels))
+def write(folder: Path, outcome: Outcome, test: Split) -> None:
+    """Fill the folder: two tables as CSV, and the pictures."""
+    for name, records in (("results", rows(outcome)), ("history", outcome.history)):
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    draw_curves(folder / "curves.png", outcome)
+    if outcome.is_binary:
+        draw_thresholds(folder / "thresholds.png", outcome)
+    draw_predictions(folder / "predictions.png", outcome, test)
 
-    size = (1.5 * len(images) + 2.6, 1.5 * len(rows))
-    figure, axes = plt.subplots(len(rows), len(images), figsize=size, squeeze=False, layout="constrained")
-    for row_axes, (title, row) in zip(axes, rows, strict=True):
+
+def draw_curves(path: Path, outcome: Outcome) -> None:
+    """Loss and validation IoU over the steps of both stages."""
+    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
+    for number, (name, colour) in enumerate(zip(STAGES, STAGE_COLOURS, strict=True), 1):
+        points = [record for record in outcome.history if record["stage"] == number]
+        steps = [record["step"] for record in points]
+        upper.plot(steps, [record["loss"] for record in points], color=colour, marker=".", label=name)
+        lower.plot(steps, [100 * record["validation_iou"] for record in points], color=colour, marker=".")
+    upper.set(ylabel="loss of the stage", ylim=(0, None))
+    upper.legend(frameon=False)
+    what = "at the best threshold" if outcome.is_binary else "mean of the classes"
+    lower.set(ylabel=f"validation IoU, %\n{what}", xlabel="step")
+    finish(figure, path)
+
+
+def draw_thresholds(path: Path, outcome: Outcome) -> None:
+    """IoU against the threshold, and the one that validation chose."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, colour, stage in zip(STAGES, STAGE_COLOURS, outcome.stages, strict=True):
+        for split, style in (("validation", "--"), ("test", "-")):
+            axis.plot(outcome.probabilities, 100 * stage.iou[split], style, color=colour, label=f"{name}, {split}")
+        chosen = outcome.probabilities[stage.chosen], 100 * stage.iou["test"][stage.chosen]
+        axis.plot(*chosen, "o", color=colour, label=f"{name}, chosen on validation")
+    axis.axvline(0.5, color="#d0d0d0", linewidth=1, zorder=0)
+    axis.set(xlabel="threshold, as a probability", ylabel="IoU, %", xlim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
+    finish(figure, path)
+
+
+def draw_predictions(path: Path, outcome: Outcome, test: Split) -> None:
+    """The first test images, each above its labels and what either stage makes of it."""
+    labels = test.labels[:SHOWN]
+    images = test.images[:SHOWN].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    pictures = [("image", images), ("label", colour_classes(labels, outcome))]
+    for name, stage in zip(STAGES, outcome.stages, strict=True):
+        pixels = colour_errors(stage.classes, labels) if outcome.is_binary else colour_classes(stage.classes, outcome)
+        iou = stage.iou["test"][stage.chosen] if outcome.is_binary else stage.iou["test"].nanmean()
+        pictures.append((f"after {name}\ntest IoU {percent(iou.item())} %", pixels))
+
+    size = (1.5 * len(images) + 2.8, 1.5 * len(pictures))
+    figure, axes = plt.subplots(len(pictures), len(images), figsize=size, squeeze=False, layout="constrained")
+    for row_axes, (title, row) in zip(axes, pictures, strict=True):
         for axis, pixels in zip(row_axes, row, strict=True):
             axis.imshow(pixels, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_color("#d0d0d0")
         row_axes[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=11, labelpad=8)
-    for place, outcome in zip(("upper", "lower"), outcomes, strict=False):
-        if patches := legend(outcome):
-            figure.legend(
-                handles=patches, title=outcome.task, alignment="left", loc=f"outside right {place}", frameon=False
-            )
+    if patches := legend(outcome):
+        figure.legend(handles=patches, loc="outside right upper", frameon=False)
+    finish(figure, path)
+
+
+def finish(figure: plt.Figure, path: Path) -> None:
+    """Write a figure and forget it."""
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
@@ -134,10 +193,9 @@ def colour_errors(classes: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
 
 
 def legend(outcome: Outcome) -> list[Patch]:
-    """What the colours of a task's rows mean."""
+    """What the colours mean."""
     if outcome.is_binary:
-        foreground = outcome.class_names[1]
-        meaning = {FOUND: f"{foreground} found", MISSED: f"{foreground} missed", WRONG: f"taken for {foreground}"}
+        meaning = {FOUND: "found", MISSED: "missed", WRONG: "false alarm"}
         return [Patch(color=colour, label=text) for colour, text in meaning.items()]
     if len(outcome.class_names) > MAX_LEGEND:
         return []

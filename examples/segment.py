@@ -1,39 +1,44 @@
-"""Train a small segmentation network in two stages, cross-entropy and then a Lovász loss, and show what each brings.
+"""Train a segmentation network for a high IoU: cross-entropy first, a Lovász loss second, the best threshold last.
 
-Without arguments it runs on cluttered scenes of real handwritten digits, twice: ink against everything else
-(LovaszHingeLoss), and which digit each pixel belongs to (LovaszSoftmaxLoss). With --images and --masks it runs on your
-own data.
+Without arguments it runs on cluttered scenes of real handwritten digits, twice: the digits with a loop against
+everything else (LovaszHingeLoss), and which digit each pixel belongs to (LovaszSoftmaxLoss). With --images and --masks
+it runs on your own data. It can be interrupted: the same command goes on. Under torchrun, the processes share the work.
 """
 
 import argparse
 import copy
+import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import digit_scenes
+import report
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from folder_data import IGNORE, DataError, read_folder
+from data import Split, folder_splits, looped_digits, scene_splits
+from folder_data import IGNORE, DataError
 from monai.networks.nets import BasicUNet
-from report import Outcome, Prediction, draw, iou_per_class, iou_table, percent, score
+from options import parse_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.nn.parallel import DistributedDataParallel
 
 from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
-
-SIZE_STEP = 16  # the network halves the image four times
+from kornia.metrics import confusion_matrix
+from kornia.metrics.iou_threshold import IoUThresholdSearch
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-
-@dataclass(frozen=True)
-class Split:
-    """Images (N, channels, H, W) in [0, 1] and labels (N, H, W) int64, 255 where ignored."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
+# The thresholds to choose from: more than the customary 0.3 to 0.7, as a rare foreground may need a lower one.
+PROBABILITIES = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+INTERRUPTED = 130  # the exit status that shells use for it
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,24 @@ class Task:
         return (logits[:, 0] > threshold).long() if self.is_binary else logits.argmax(dim=1)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a network is: the IoU at every threshold of a binary task, or of every class.
+
+    ``score`` is the number that training is to raise: the IoU at the best threshold, a logit, or the mean of the
+    classes.
+    """
+
+    iou: torch.Tensor
+    score: float
+    threshold: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def cross_entropy(task: Task) -> Loss:
     """The loss to begin with: its gradient is useful from the first step on."""
     return binary_cross_entropy if task.is_binary else torch.nn.CrossEntropyLoss(ignore_index=IGNORE)
@@ -64,20 +87,25 @@ def binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.binary_cross_entropy_with_logits(logits[:, 0][valid], labels[valid].float())
 
 
-def lovasz(task: Task, *, per_image: bool = False, classes: str = "present") -> Loss:
-    """The loss to finish with.
+def lovasz(task: Task, *, per_image: bool = False, classes: str = "present", num_bins: int | None = None) -> Loss:
+    """The loss to finish with, on raw logits.
 
     Batch-wide and on the classes that the batch shows, it comes closest to the IoU over a data set that is reported
-    in the end.
+    in the end. Under torchrun the batch is that of all processes.
     """
-    if task.is_binary:
-        return LovaszHingeLoss(ignore_index=IGNORE, per_image=per_image)
-    return LovaszSoftmaxLoss(ignore_index=IGNORE, per_image=per_image, classes=classes)
+    group = dist.group.WORLD if dist.is_initialized() and not per_image else None
+    options = {"ignore_index": IGNORE, "per_image": per_image, "num_bins": num_bins, "group": group}
+    return LovaszHingeLoss(**options) if task.is_binary else LovaszSoftmaxLoss(classes=classes, **options)
 
 
 def mixed(first: Loss, second: Loss, weight: float) -> Loss:
     """``weight`` times the first loss plus the rest of 1 times the second."""
     return lambda logits, labels: weight * first(logits, labels) + (1 - weight) * second(logits, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and validation
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def build_network(task: Task, channels: int) -> torch.nn.Module:
@@ -98,29 +126,55 @@ class Stage:
     """One stage of training. The learning rate rises to ``lr`` for a fifth of the steps, then falls to 0."""
 
     def __init__(
-        self, model: torch.nn.Module, data: Split, loss: Loss, *, steps: int, lr: float, batch_size: int, seed: int
+        self,
+        network: torch.nn.Module,
+        data: Split,
+        loss: Loss,
+        *,
+        steps: int,
+        lr: float,
+        batch_size: int,
+        seed: int,
+        amp: bool = False,
     ) -> None:
-        self.model, self.data, self.loss, self.steps, self.batch_size = model, data, loss, steps, batch_size
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        self.network, self.data, self.loss, self.steps = network, data, loss, steps
+        self.batch_size, self.amp = batch_size, amp
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps, pct_start=0.2)
         self.batches = torch.Generator().manual_seed(seed)
+        self.done = 0
 
     def step(self) -> float:
-        """One batch; its loss."""
-        device = next(self.model.parameters()).device
+        """Train on one batch; its loss."""
+        device = next(self.network.parameters()).device
         chosen = torch.randint(len(self.data.images), (self.batch_size,), generator=self.batches)
-        self.model.train()
-        value = self.loss(self.model(self.data.images[chosen].to(device)), self.data.labels[chosen].to(device))
+        chosen = chosen[rank() :: processes()]
+        self.network.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.network(self.data.images[chosen].to(device))
+        value = self.loss(logits.float(), self.data.labels[chosen].to(device))
         self.optimizer.zero_grad()
         value.backward()
         self.optimizer.step()
         self.schedule.step()
+        self.done += 1
         return value.item()
 
-    def run(self) -> Iterator[float]:
-        """All steps; the loss of each."""
-        for _ in range(self.steps):
-            yield self.step()
+    def state_dict(self) -> dict:
+        """All that the next step depends on, but for the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "batches": self.batches.get_state(),
+            "done": self.done,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where ``state_dict`` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.batches.set_state(state["batches"])
+        self.done = state["done"]
 
 
 @torch.no_grad()
@@ -131,199 +185,277 @@ def predict(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(part.to(device)).cpu() for part in images.split(64)])
 
 
-def judge(model: torch.nn.Module, data: Split, task: Task) -> Prediction:
-    """The network's decision on every image of a split, and its IoU."""
-    classes = task.decide(predict(model, data.images))
-    return Prediction(classes, iou_per_class(classes, data.labels, len(task.class_names)))
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, data: Split, task: Task) -> Evaluation:
+    """IoU over a split, all pixels and all processes counted together."""
+    logits, labels = predict(model, data.images[rank() :: processes()]), data.labels[rank() :: processes()]
+    group = dist.group.WORLD if dist.is_initialized() else None
+    if task.is_binary:
+        search = IoUThresholdSearch(PROBABILITIES.logit(), ignore_index=IGNORE)
+        search.update(logits, labels)
+        threshold, best = search.compute(group)
+        return Evaluation(search.iou_at_thresholds(group), best.item(), threshold.item())
+    valid = labels != IGNORE
+    counts = confusion_matrix(logits.argmax(dim=1)[valid][None], labels[valid][None], len(task.class_names))[0].double()
+    if group:
+        dist.all_reduce(counts)
+    both = counts.diagonal()
+    iou = both / (counts.sum(0) + counts.sum(1) - both)  # nan for a class that occurs nowhere
+    return Evaluation(iou, iou.nanmean().item(), 0.0)
 
 
-def run_task(task: Task, data: dict[str, Split], args: argparse.Namespace, progress: Progress) -> Outcome:
-    """Both stages of one task and, for a fair comparison, the second stage with cross-entropy instead."""
+class Run:
+    """Several stages in a row, each continuing from the best weights of the one before, judged by validation.
 
-    def train(model: torch.nn.Module, name: str, loss: Loss, steps: int, lr: float) -> Prediction:
-        """Run one stage and judge its result; the IoU beside its bar is that of the validation images."""
-        bar = progress.add_task(f"{task.name}: {name}", total=steps, note="")
-        stage = Stage(model, data["train"], loss, steps=steps, lr=lr, batch_size=args.batch_size, seed=args.seed)
-        for value in stage.run():
-            progress.update(bar, advance=1, note=f"loss {value:.3f}")
-        validation = score(judge(model, data["validation"], task).iou, is_binary=task.is_binary)
-        progress.update(bar, note=f"validation {percent(validation)} %")
-        return judge(model, data["test"], task)
+    Its state is all that is needed to go on after an interruption as if there had been none.
+    """
 
+    def __init__(self, model: torch.nn.Module, stages: list[Stage], data: dict[str, Split], task: Task) -> None:
+        self.model, self.stages, self.data, self.task = model, stages, data, task
+        self.best: list[dict] = [{"score": float("-inf"), "weights": {}} for _ in stages]
+        self.history: list[dict] = []
+        self.losses: list[float] = []
+
+    def advance(self, validate_every: int) -> Iterator[tuple[int, float]]:
+        """Train to the end; after every step the number of its stage and its loss."""
+        for number, stage in enumerate(self.stages):
+            while stage.done < stage.steps:
+                self.losses.append(stage.step())
+                if self.losses[-1] != self.losses[-1]:
+                    raise FloatingPointError(f"stage {number + 1}, step {stage.done}: the loss is nan")
+                if stage.done % validate_every == 0 or stage.done == stage.steps:
+                    self.validate(number)
+                yield number, self.losses[-1] if self.losses else self.history[-1]["loss"]
+
+    def validate(self, number: int) -> None:
+        """Keep the weights if they are the best of their stage; leave the best ones in place at its end."""
+        if dist.is_initialized():  # batch statistics differ between processes
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        stage, best = self.stages[number], self.best[number]
+        value = evaluate(self.model, self.data["validation"], self.task).score
+        if not value < best["score"]:
+            self.best[number] = best = {"score": value, "weights": copy.deepcopy(self.model.state_dict())}
+        step = sum(stage.done for stage in self.stages)
+        loss = sum(self.losses) / len(self.losses)
+        self.history.append({"stage": number + 1, "step": step, "loss": loss, "validation_iou": value})
+        self.losses.clear()
+        if stage.done == stage.steps:
+            self.model.load_state_dict(best["weights"])
+
+    def state_dict(self) -> dict:
+        """All that the rest of the run depends on."""
+        return {
+            "weights": self.model.state_dict(),
+            "stages": [stage.state_dict() for stage in self.stages],
+            "best": self.best,
+            "history": self.history,
+            "losses": self.losses,
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where ``state_dict`` was taken."""
+        self.model.load_state_dict(state["weights"])
+        for stage, of_stage in zip(self.stages, state["stages"], strict=True):
+            stage.load_state_dict(of_stage)
+        self.best, self.history, self.losses = state["best"], state["history"], state["losses"]
+        torch.set_rng_state(state["rng"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and interruptions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The number of this process among those of torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes torchrun has started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Meet the other processes of torchrun, if any."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Interruption:
+    """Whether Ctrl-C or a request to end has come. A second one ends the program on the spot."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> Self:
+        self.here = False
+        self.before = [signal.signal(number, self.note) for number in self.NUMBERS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self.NUMBERS, self.before, strict=True):
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame: object) -> None:
+        """Remember it until the step is finished."""
+        self.here = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def anywhere(self, device: torch.device) -> bool:
+        """Whether it has come to any of the processes: they stop together."""
+        if not dist.is_initialized():
+            return self.here
+        here = torch.tensor(int(self.here), device=device)
+        dist.all_reduce(here)
+        return bool(here)
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a file that is either complete or not there."""
+    if rank() == 0:
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    task: Task,
+    data: dict[str, Split],
+    args: argparse.Namespace,
+    folder: Path,
+    progress: Progress,
+    interruption: Interruption,
+) -> Run:
+    """Both stages, from the beginning or from where an earlier run was interrupted."""
     torch.manual_seed(args.seed)
     model = build_network(task, data["train"].images.shape[1]).to(args.device)
-    before = train(model, "cross-entropy", cross_entropy(task), args.steps, args.lr)
-    rival = copy.deepcopy(model)
-    after = train(model, "Lovász", lovasz(task), args.lovasz_steps, args.lovasz_lr)
-    without = train(rival, "instead, cross-entropy", cross_entropy(task), args.lovasz_steps, args.lovasz_lr)
-    predictions = {"before": before, "after": after, "without": without}
-    return Outcome(task.name, task.class_names, data["test"].labels, predictions)
+    network = DistributedDataParallel(model) if dist.is_initialized() else model
+    first = cross_entropy(task)
+    second = lovasz(task, per_image=args.per_image, classes=args.classes, num_bins=args.num_bins)
+    if args.mix:
+        second = mixed(first, second, args.mix)
+    common = {"batch_size": args.batch_size, "amp": args.amp}
+    stages = [
+        Stage(network, data["train"], first, steps=args.steps, lr=args.lr, seed=args.seed, **common),
+        Stage(
+            network, data["train"], second, steps=args.lovasz_steps, lr=args.lovasz_lr, seed=args.seed + 10**6, **common
+        ),
+    ]
+    run = Run(model, stages, data, task)
+
+    checkpoint, settings = folder / "checkpoint.pt", settings_of(args, data)
+    if checkpoint.exists() and not args.restart:
+        state = torch.load(checkpoint, map_location=args.device)
+        if differing := [name for name in settings if settings[name] != state["settings"].get(name)]:
+            raise DataError(
+                f"{checkpoint} is an interrupted run with another {' and '.join(differing)}: "
+                "give the same options to go on with it, --restart to drop it, or another --out"
+            )
+        run.load_state_dict(state)
+    names = ("cross-entropy", "Lovász" if not args.mix else f"{1 - args.mix:g} Lovász + {args.mix:g} cross-entropy")
+    bars = [
+        progress.add_task(f"{task.name}: {name}", total=stage.steps, completed=stage.done, note="")
+        for name, stage in zip(names, stages, strict=True)
+    ]
+    for number, loss in run.advance(args.validate_every):
+        best = run.best[number]["score"]
+        progress.update(bars[number], advance=1, note=f"loss {loss:.3f}, validation {report.percent(best)} %")
+        stop = interruption.anywhere(args.device)
+        if stop or not run.losses:  # just validated
+            save(checkpoint, run.state_dict() | {"settings": settings})
+        if stop:
+            raise KeyboardInterrupt
+    return run
 
 
-def scene_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """Training, validation and test scenes, each from scans of its own."""
-    counts = {"train": args.scenes, "validation": max(1, args.scenes // 8), "test": max(1, args.scenes // 4)}
-    scans = digit_scenes.split_scans(args.seed)
-    return {
-        name: Split(*digit_scenes.compose_scenes(scans[name], count, args.size, (args.seed, index)))
-        for index, (name, count) in enumerate(counts.items())
-    }
+def settings_of(args: argparse.Namespace, data: dict[str, Split]) -> dict[str, str]:
+    """What a run must share with the interrupted one that it continues."""
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "restart", "task")}
+    sizes = {f"number of {name} images": str(len(split.images)) for name, split in data.items()}
+    return settings | sizes | {"number of processes": str(processes())}
 
 
-def folder_splits(args: argparse.Namespace) -> tuple[dict[str, Split], int]:
-    """The user's pairs, shuffled and divided 70 : 10 : 20 with at least one in each part, and the number of classes."""
-    data = read_folder(
-        args.images, args.masks, size=args.size, binary=args.task == "binary", num_classes=args.num_classes
-    )
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(args.seed))
-    validation, test = max(1, len(order) // 10), max(1, len(order) // 5)
-    parts = order.split([len(order) - validation - test, validation, test])
-    names = ("train", "validation", "test")
-    return {
-        name: Split(data.images[part], data.labels[part]) for name, part in zip(names, parts, strict=True)
-    }, data.num_classes
+def finish(run: Run, folder: Path) -> report.Outcome:
+    """Choose the threshold on validation data, test the best weights of each stage, and keep the last ones."""
+    task, outcomes = run.task, []
+    for best in run.best:
+        run.model.load_state_dict(best["weights"])
+        evaluations = {name: evaluate(run.model, run.data[name], task) for name in ("validation", "test")}
+        threshold = evaluations["validation"].threshold
+        classes = task.decide(predict(run.model, run.data["test"].images[: report.SHOWN]), threshold)
+        chosen = int((PROBABILITIES.logit() - threshold).abs().argmin()) if task.is_binary else None
+        outcomes.append(report.StageOutcome({name: e.iou for name, e in evaluations.items()}, chosen, classes))
+    save(folder / "model.pt", {"weights": run.best[-1]["weights"], "threshold": threshold})
+    return report.Outcome(task.name, task.class_names, PROBABILITIES, run.history, outcomes)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line."""
-    summary, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
-
-    def add(group, name: str, kind, default, text: str, metavar: str | None = "N") -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        group.add_argument(name, type=kind, default=default, metavar=metavar, help=text + shown)
-
-    tasks = ("both", "binary", "multiclass")
-    parser.add_argument(
-        "--task",
-        choices=tasks,
-        default="both",
-        help="what to train (default: both, one after the other); your own data needs one",
-    )
-    add(parser, "--size", image_size, None, "side of the square images (default: 64; your own data is scaled to 128)")
-    add(parser, "--out", Path, Path("demo-output"), "folder for the picture", "DIR")
-
-    scenes = parser.add_argument_group("scenes of digits")
-    add(scenes, "--scenes", at_least(8), 2400, "training scenes to compose; a quarter as many test the network")
-
-    own = parser.add_argument_group("your own data")
-    add(own, "--images", Path, None, "images in any format Pillow reads", "DIR")
-    add(
-        own,
-        "--masks",
-        Path,
-        None,
-        "masks, each named as its image up to the ending, with one channel of labels: 0 and 1, or 0 and 255, for "
-        "binary; class indices for multiclass; a 255 beside other labels marks pixels to ignore",
-        "DIR",
-    )
-    add(own, "--num-classes", at_least(2), None, "classes of the masks (default: the largest label plus one)")
-
-    training = parser.add_argument_group("training")
-    add(training, "--steps", at_least(1), 700, "batches of the first stage, cross-entropy")
-    add(training, "--lr", positive, 1e-2, "its learning rate", "RATE")
-    add(training, "--lovasz-steps", at_least(1), 150, "batches of the second stage, Lovász")
-    add(training, "--lovasz-lr", positive, 3e-3, "its learning rate", "RATE")
-    add(training, "--batch-size", at_least(1), 4, "images in a batch")
-    add(training, "--seed", at_least(0), 0, "the same seed gives the same numbers on the same machine")
-    add(training, "--device", device, "cuda" if torch.cuda.is_available() else "cpu", "where to train", "NAME")
-
-    args = parser.parse_args(argv)
-    if (args.images is None) != (args.masks is None):
-        parser.error("--images and --masks go together")
-    if args.images and args.task == "both":
-        parser.error("your own data needs --task binary or --task multiclass")
-    if args.num_classes and not (args.images and args.task == "multiclass"):
-        parser.error("--num-classes is for --task multiclass on your own data")
-    args.size = args.size or (128 if args.images else 64)
-    return args
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type for whole numbers."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"a whole number of at least {least} is needed, not {text!r}")
-        return number
-
-    return parse
-
-
-def image_size(text: str) -> int:
-    """An argparse type for sides the network can halve."""
-    size = at_least(2 * SIZE_STEP)(text)
-    if size % SIZE_STEP:
-        raise argparse.ArgumentTypeError(f"a multiple of {SIZE_STEP} is needed, not {text!r}")
-    return size
-
-
-def device(text: str) -> torch.device:
-    """An argparse type for devices that are there."""
-    try:
-        return torch.empty(0, device=text).device
-    # PyTorch without CUDA says so with an AssertionError.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} on this machine") from error
-
-
-def positive(text: str) -> float:
-    """An argparse type for learning rates."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"a positive number is needed, not {text!r}")
-    return number
+def jobs(args: argparse.Namespace) -> list[tuple[Task, dict[str, Split]]]:
+    """The tasks that were asked for, each with its images."""
+    if args.images:
+        splits, num_classes = folder_splits(
+            args.images,
+            args.masks,
+            size=args.size,
+            binary=args.task == "binary",
+            num_classes=args.num_classes,
+            seed=args.seed,
+        )
+        names = (
+            ("background", "foreground") if args.task == "binary" else tuple(f"class {i}" for i in range(num_classes))
+        )
+        return [(Task(args.task, names), splits)]
+    splits = scene_splits((args.scenes, max(1, args.scenes // 8), max(1, args.scenes // 4)), args.size, args.seed)
+    looped = {name: looped_digits(split) for name, split in splits.items()}
+    both = [(Task("binary", ("rest", "looped digits")), looped), (Task("multiclass", digit_scenes.CLASS_NAMES), splits)]
+    return [(task, data) for task, data in both if args.task in ("both", task.name)]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the tasks, print their tables, write the picture."""
-    args = parse_args(argv)
-    console = Console()
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if args.images:
-            splits, num_classes = folder_splits(args)
-            names = tuple(f"class {index}" for index in range(num_classes))
-            jobs = [
-                (
-                    Task("binary", ("background", "foreground"))
-                    if args.task == "binary"
-                    else Task("multiclass", names),
-                    splits,
-                )
-            ]
-            subject = "held-out images"
-        else:
-            splits = scene_splits(args)
-            ink = {name: Split(split.images, (split.labels > 0).long()) for name, split in splits.items()}
-            jobs = [(Task("binary", ("paper", "ink")), ink), (Task("multiclass", digit_scenes.CLASS_NAMES), splits)]
-            jobs = [(task, data) for task, data in jobs if args.task in ("both", task.name)]
-            subject = "scenes of held-out digits"
-    except (DataError, OSError) as error:
-        sys.exit(f"segment.py: {error}")
-
-    columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
-        outcomes = [run_task(task, data, args, progress) for task, data in jobs]
-
-    headings = {
-        "before": f"before Lovász\n{args.steps} steps",
-        "after": f"after Lovász\n+ {args.lovasz_steps} steps",
-        "without": f"cross-entropy instead\n+ {args.lovasz_steps} steps",
-    }
-    for outcome in outcomes:
-        console.print(f"\n{outcome.task}, {len(outcome.labels)} {subject}")
-        console.print(iou_table(outcome, headings))
-    picture = args.out / "segmentation.png"
-    draw(picture, splits["test"].images, outcomes)
-    console.print(f"\nPicture: {picture}")
+    """Run the tasks, print their tables, write everything else into a folder."""
+    args = parse_args(__doc__, argv)
+    with process_group(args.device):
+        console = Console(quiet=rank() > 0)
+        columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn())
+        try:
+            asked = jobs(args)
+            with Interruption() as interruption:
+                for task, data in asked:
+                    folder = args.out / task.name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+                        run = train(task, data, args, folder, progress, interruption)
+                    outcome = finish(run, folder)
+                    if rank() == 0:
+                        report.write(folder, outcome, data["test"])
+                        (folder / "settings.json").write_text(json.dumps(settings_of(args, data), indent=2) + "\n")
+                    console.print(report.table(outcome, len(data["test"].images)))
+                    console.print(f"Results: {folder}\n")
+            if rank() == 0:  # all is done, so the same command begins anew
+                for task, _ in asked:
+                    (args.out / task.name / "checkpoint.pt").unlink()
+        except (DataError, OSError) as error:
+            sys.exit(f"segment.py: {error}")
+        except FloatingPointError as error:
+            sys.exit(f"segment.py: {error}; a smaller learning rate usually helps")
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from here")
+            sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
