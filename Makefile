@@ -47,6 +47,7 @@ pytest: $(VENV)/installed
 
 doctest: $(VENV)/installed
 	$(BIN)/python -m pytest --doctest-modules $(OVERLAY)
+	$(BIN)/python -m pytest --doctest-glob='*.rst' docs/source/choosing.rst
 
 # Everything the benchmark does, once, on tiny inputs: it must not rot between the runs that count.
 bench-smoke: $(VENV)/installed
@@ -85,4 +86,4 @@ rebase: $(VENV)/installed
 	$(BIN)/python -m fork.rebase $(VERSION)
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist docs/build demo-output
+	rm -rf $(VENV) .venv-torch-* build dist docs/build docs/source/_generated docs/source/recipe demo-output

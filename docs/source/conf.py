@@ -5,12 +5,15 @@ import tomllib
 from pathlib import Path
 
 SOURCE = Path(__file__).parent
-sys.path[:0] = [str(SOURCE), str(SOURCE / "../../benchmarks")]
+ROOT = SOURCE.parents[1]
+sys.path[:0] = [str(SOURCE), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
-import figures  # noqa: E402 - found through the line above
+import evidence_table  # noqa: E402 - found through the line above
+import figures  # noqa: E402 - as well
 import traffic  # noqa: E402 - as well
 
 figures.draw_all(SOURCE / "_generated")
+evidence_table.write_docs(SOURCE / "_generated")
 (SOURCE / "_generated" / "traffic.rst").write_text(traffic.table(), encoding="utf-8")
 
 pyproject = tomllib.loads((SOURCE / "../../pyproject.toml").read_text(encoding="utf-8"))
@@ -25,7 +28,16 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
+sphinx_gallery_conf = {
+    "examples_dirs": "../gallery",
+    "gallery_dirs": "recipe",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+}
 intersphinx_mapping = {}
 nitpicky = True
 # Names of the release, documented in its own documentation.
