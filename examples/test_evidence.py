@@ -142,7 +142,9 @@ class TestCommitted:
     def test_rates_are_those_of_the_search(self):
         tried = evidence.tried_rates(evidence.read(evidence_table.SWEEP))
         for run in evidence.read(evidence_table.RUNS):
-            assert run["rates"][-1] == evidence.best_rate(tried[run["task"], run["arm"]])
+            source = evidence.rate_from(run["task"], run["arm"])
+            assert run["rates"][-1] == evidence.best_rate(tried[run["task"], source])
+            assert set(evidence.next_rates(tried[run["task"], source], ())) == set()
 
     def test_readme_is_up_to_date(self):
         readme = (evidence_table.ROOT / "README.md").read_text(encoding="utf-8")

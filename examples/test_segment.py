@@ -187,6 +187,15 @@ class TestTraining:
             segment.main([*TINY, "--out", str(tmp_path)])
 
 
+def same_results(one, two):
+    for name in ("results.csv", "history.csv"):
+        assert (one / name).read_text() == (two / name).read_text()
+    models = [torch.load(folder / "model.pt") for folder in (one, two)]
+    assert models[0]["threshold"] == models[1]["threshold"]
+    for name, weight in models[0]["weights"].items():
+        assert torch.equal(weight, models[1]["weights"][name]), name
+
+
 class TestInterruption:
     """A run stopped by a signal and continued is the run that was never stopped."""
 
@@ -204,14 +213,6 @@ class TestInterruption:
 
         monkeypatch.setattr(segment.Stage, "step", stepping)
 
-    def same(self, one, two):
-        for name in ("results.csv", "history.csv"):
-            assert (one / name).read_text() == (two / name).read_text()
-        models = [torch.load(folder / "model.pt") for folder in (one, two)]
-        assert models[0]["threshold"] == models[1]["threshold"]
-        for name, weight in models[0]["weights"].items():
-            assert torch.equal(weight, models[1]["weights"][name]), name
-
     # In either stage, between validations and at one, and at the very end of the first stage.
     @pytest.mark.parametrize("step", [1, 2, 4, 5, 7])
     def test_goes_on_as_if_nothing_had_been(self, step, tmp_path, monkeypatch, capsys):
@@ -225,7 +226,7 @@ class TestInterruption:
         assert caught.value.code == 130
         assert signal.getsignal(signal.SIGINT) == before
         run(capsys, *options, "--out", tmp_path / "parts")
-        self.same(tmp_path / "whole" / "binary", tmp_path / "parts" / "binary")
+        same_results(tmp_path / "whole" / "binary", tmp_path / "parts" / "binary")
         assert not (tmp_path / "parts" / "binary" / "checkpoint.pt").exists()
 
     def test_a_finished_task_is_not_trained_again(self, tmp_path, monkeypatch, capsys):
@@ -240,7 +241,7 @@ class TestInterruption:
         run(capsys, "--out", tmp_path / "parts")
         assert len(steps) == 4
         for task in ("binary", "multiclass"):
-            self.same(tmp_path / "whole" / task, tmp_path / "parts" / task)
+            same_results(tmp_path / "whole" / task, tmp_path / "parts" / task)
 
     def test_other_options_are_refused_until_restart(self, tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
@@ -255,42 +256,75 @@ class TestInterruption:
         assert len(records(tmp_path / "binary" / "history.csv")) == 2
 
 
-class TestProcesses:
-    """Under torchrun, with two real processes."""
+def torchrun(script, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(segment.__file__).parent)}
+    return subprocess.run(
+        [*map(str, command), *TINY, *OPTIONS_OF_GROUP, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=300,
+    )
 
-    def torchrun(self, *args):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [*command, segment.__file__, *TINY, *map(str, args)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            timeout=300,
-        )
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory):
+    """Both tasks under torchrun, with two real processes: what was printed, and the folder of results."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = torchrun(segment.__file__, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
+class TestProcesses:
+    def test_one_of_them_reports(self, shared_run):
+        text, _ = shared_run
+        assert text.count("IoU on 2 test images") == 2
 
     @pytest.mark.parametrize("task", ["binary", "multiclass"])
-    def test_one_result_for_all_data(self, task, tmp_path):
-        done = self.torchrun("--task", task, "--out", tmp_path, *OPTIONS_OF_GROUP)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("IoU on 2 test images") == 1
-        results = records(tmp_path / task / "results.csv")
-        ((_, splits),) = segment.jobs(segment.parse_args(segment.__doc__, [*TINY, "--task", task]))
-        job = BINARY if task == "binary" else segment.Task(task, digit_scenes.CLASS_NAMES)
-        model = segment.build_network(job, 1)
-        kept = torch.load(tmp_path / task / "model.pt")
-        model.load_state_dict(kept["weights"])
-        for split in ("validation", "test"):
-            found = segment.evaluate(model, splits[split], job)
-            place = int((segment.PROBABILITIES.logit() - kept["threshold"]).abs().argmin())
-            expected = found.iou[place] if task == "binary" else found.score
-            assert float(results[-1][f"{split}_iou"]) == pytest.approx(float(expected))
+    def test_counts_are_those_of_all_images(self, task, shared_run):
+        _, folder = shared_run
+        results = same_model_in_one_process(folder / task, task)
+        for record in records(folder / task / "results.csv")[-1:]:
+            for split, expected in results.items():
+                assert float(record[f"{split}_iou"]) == pytest.approx(expected)
 
-    def test_every_process_needs_an_image(self, tmp_path):
-        done = self.torchrun("--batch-size", 3, "--out", tmp_path)
+    def test_stop_together_and_go_on(self, shared_run, tmp_path):
+        """Only one process gets the signal."""
+        script = tmp_path / "interrupted.py"
+        script.write_text(
+            "import os, signal, sys, segment\n"
+            "step = segment.Stage.step\n"
+            "def stepping(stage):\n"
+            "    value = step(stage)\n"
+            "    if stage.done == 3 and segment.rank() == 1:\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    return value\n"
+            "segment.Stage.step = stepping\n"
+            "segment.main()\n"
+        )
+        out = ("--task", "binary", "--out", tmp_path)
+        done = torchrun(script, *out)
         assert done.returncode != 0
-        assert "--batch-size 3 cannot be shared equally by 2 processes" in done.stderr
+        assert "the same command goes on from here" in done.stdout
+        state = torch.load(tmp_path / "binary" / "checkpoint.pt")
+        assert [stage["done"] for stage in state["stages"]] == [3, 0]
+        done = torchrun(segment.__file__, *out)
+        assert done.returncode == 0, done.stderr
+        same_results(shared_run[1] / "binary", tmp_path / "binary")
+
+
+def same_model_in_one_process(folder, task):
+    """The last row of the results, from the saved model and all images at once."""
+    ((_, splits),) = segment.jobs(segment.parse_args(segment.__doc__, [*TINY, "--task", task]))
+    job = BINARY if task == "binary" else segment.Task(task, digit_scenes.CLASS_NAMES)
+    model, kept = segment.build_network(job, 1), torch.load(folder / "model.pt")
+    model.load_state_dict(kept["weights"])
+    place = int((segment.PROBABILITIES.logit() - kept["threshold"]).abs().argmin())
+    found = {split: segment.evaluate(model, splits[split], job) for split in ("validation", "test")}
+    return {split: float(e.iou[place]) if task == "binary" else e.score for split, e in found.items()}
 
 
 class TestScenes:
@@ -389,3 +423,9 @@ class TestErrors:
             segment.parse_args(segment.__doc__, args)
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
+
+    def test_processes_share_batches_equally(self, monkeypatch, capsys):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit):
+            segment.parse_args(segment.__doc__, ["--batch-size", "3"])
+        assert "--batch-size 3 cannot be shared equally by 2 processes" in capsys.readouterr().err
