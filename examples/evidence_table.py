@@ -3,6 +3,7 @@
 ``python examples/evidence_table.py`` draws examples/results/evidence.png and renews the tables in examples/README.md.
 """
 
+import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent
-RUNS, SWEEP = ROOT / "results" / "runs.jsonl", ROOT / "results" / "sweep.jsonl"
+RUNS, SWEEP, SWITCH = (ROOT / "results" / name for name in ("runs.jsonl", "sweep.jsonl", "switch.csv"))
 MARKS = ("<!-- made by evidence_table.py -->", "<!-- end -->")
 
 REFERENCE = "ce"
@@ -35,6 +36,7 @@ NAMES = {
     "ce>lovasz-present-batch": "cross-entropy, then Lovász",
     "ce>ce+lovasz": "cross-entropy, then cross-entropy + Lovász",
 }
+SHORT = {"ce": "cross-entropy", "lovasz-batch": "Lovász"}
 # What the runs were made to compare, beside everything with cross-entropy alone.
 CONTRASTS = {
     "looped digits": (
@@ -142,6 +144,16 @@ def rate_table(sweep: list[dict], runs: list[dict]) -> list[list[str]]:
     return lines
 
 
+def switch_table(records: list[dict]) -> list[list[str]]:
+    """A heading and a row for every beginning of a second stage that switch.py tried."""
+    steps = [name for name in records[0] if name.startswith("step ")]
+    lines = [["second stage", "learning rate", "rises from near 0", *steps]]
+    for record in records:
+        shown = [f"{100 * float(record[step]):.1f}" for step in steps]
+        lines.append([SHORT[record["loss"]], record["rate"], {"True": "yes", "False": "no"}[record["warm_up"]], *shown])
+    return lines
+
+
 def setting(records: list[dict]) -> str:
     """What the numbers come from, in one sentence."""
     seeds = {len(next(iter(by_seed(records, task, "test at half").values()))) for task in tasks(records)}
@@ -216,6 +228,11 @@ def write_docs(folder: Path) -> None:
     (folder / "contrasts.rst").write_text(contrasts, encoding="utf-8")
     rates = rest(rate_table(read(SWEEP), records), "Search of the learning rates, on a seed that is not compared")
     (folder / "rates.rst").write_text(rates, encoding="utf-8")
+    with SWITCH.open(newline="", encoding="utf-8") as file:
+        switch = rest(
+            switch_table(list(csv.DictReader(file))), "Validation IoU after the first steps of a second stage"
+        )
+    (folder / "switch.rst").write_text(switch, encoding="utf-8")
     (folder / "setting.rst").write_text(setting(records) + ".\n", encoding="utf-8")
     draw(records, folder / "evidence.png")
 
