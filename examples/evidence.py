@@ -8,6 +8,7 @@ examples/results, so the command can be interrupted and goes on with what is mis
 import argparse
 import datetime as dt
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -225,19 +226,19 @@ def best_rate(tried: dict[float, float]) -> float:
 
 
 def comparison_jobs(done: list[dict], sweep: list[dict]) -> list[dict]:
-    """The runs that the comparison lacks, seed by seed."""
+    """The runs that the comparison lacks: seed by seed, the variants of the second stage last."""
     tried = tried_rates(sweep)
     finished = {(record["task"], record["arm"], record["seed"]) for record in done}
     jobs = []
-    for seed in SEEDS:
-        for task, arms in ARMS.items():
-            runs = []
-            for arm in arms:
-                stages = [tried[task, "ce"]] if ">" in arm else []
-                rates = [best_rate(of_stage) for of_stage in (*stages, tried[task, rate_from(task, arm)])]
-                if (task, arm, seed) not in finished:
-                    runs.append((arm, rates))
-            jobs += in_jobs(task, seed, runs)
+    for variants, seed, task in itertools.product((False, True), SEEDS, TASKS):
+        runs = []
+        for arm in ARMS[task]:
+            stages = [tried[task, "ce"]] if ">" in arm else []
+            rates = [best_rate(of_stage) for of_stage in (*stages, tried[task, rate_from(task, arm)])]
+            is_variant = rate_from(task, arm) != arm
+            if is_variant == variants and (task, arm, seed) not in finished:
+                runs.append((arm, rates))
+        jobs += in_jobs(task, seed, runs)
     return jobs
 
 
