@@ -10,6 +10,9 @@ import torch
 SIZE_STEP = 16  # the network halves the image four times
 # The ranking of the batch of several processes goes by bins, which can be counted and added up.
 BINS = 1024
+# What evidence.py found best for either stage.
+RATES = {"binary": 3e-3, "multiclass": 1e-2}
+DEFAULT_RATES = ", ".join(f"{task} {rate:g}" for task, rate in RATES.items())
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,9 +53,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
 
     training = parser.add_argument_group("training")
     add(training, "--steps", at_least(1), 600, "batches of the first stage, cross-entropy")
-    add(training, "--lr", positive, 1e-2, "its learning rate", "RATE")
+    add(training, "--lr", positive, None, f"its learning rate (default: {DEFAULT_RATES})", "RATE")
     add(training, "--lovasz-steps", at_least(1), 300, "batches of the second stage, Lovász")
-    add(training, "--lovasz-lr", positive, 3e-3, "its learning rate", "RATE")
+    add(training, "--lovasz-lr", positive, None, f"its learning rate (default: {DEFAULT_RATES})", "RATE")
     add(training, "--mix", share, 0.0, "weight of cross-entropy in the second stage, the rest is Lovász", "W")
     training.add_argument("--per-image", action="store_true", help="score each image by itself, not the batch")
     training.add_argument(

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from data import Split, folder_splits, looped_digits, scene_splits
 from folder_data import IGNORE, DataError
 from monai.networks.nets import BasicUNet
-from options import parse_args
+from options import RATES, parse_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.nn.parallel import DistributedDataParallel
@@ -351,17 +351,16 @@ def train(
     if args.mix:
         second = mixed(first, second, args.mix)
     common = {"batch_size": args.batch_size, "amp": args.amp}
+    rates = [lr or RATES[task.name] for lr in (args.lr, args.lovasz_lr)]
     stages = [
-        Stage(network, data["train"], first, steps=args.steps, lr=args.lr, seed=args.seed, **common),
-        Stage(
-            network, data["train"], second, steps=args.lovasz_steps, lr=args.lovasz_lr, seed=args.seed + 10**6, **common
-        ),
+        Stage(network, data["train"], first, steps=args.steps, lr=rates[0], seed=args.seed, **common),
+        Stage(network, data["train"], second, steps=args.lovasz_steps, lr=rates[1], seed=args.seed + 10**6, **common),
     ]
     run = Run(model, stages, data, task)
 
     checkpoint, settings = folder / "checkpoint.pt", settings_of(args, data)
     if checkpoint.exists() and not args.restart:
-        state = torch.load(checkpoint, map_location=args.device)
+        state = torch.load(checkpoint, map_location="cpu")
         if differing := [name for name in settings if settings[name] != state["settings"].get(name)]:
             raise DataError(
                 f"{checkpoint} is an interrupted run with another {' and '.join(differing)}: "

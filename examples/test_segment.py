@@ -161,6 +161,19 @@ class TestTraining:
         values = [stage.step() for _ in range(200)]
         assert np.mean(values[-10:]) < 0.5 * np.mean(values[:10])
 
+    def test_amp_is_for_the_network_and_not_for_the_loss(self):
+        dtypes = []
+        model = torch.nn.Conv2d(1, 1, 1)
+        model.register_forward_hook(lambda _module, _inputs, output: dtypes.append(output.dtype))
+
+        def loss(logits, _labels):
+            dtypes.append(logits.dtype)
+            return logits.mean()
+
+        split = data.Split(torch.rand(2, 1, 4, 4), torch.ones(2, 4, 4, dtype=torch.long))
+        segment.Stage(model, split, loss, steps=2, lr=0.1, batch_size=1, seed=0, amp=True).step()
+        assert dtypes == [torch.bfloat16, torch.float32]
+
     def test_each_stage_ends_with_its_best_weights(self, monkeypatch):
         """The validation IoU is best in the middle of stage 1 and at the beginning of stage 2."""
         scores = iter([0.1, 0.4, 0.2, 0.6, 0.5, 0.3])
