@@ -226,20 +226,26 @@ def best_rate(tried: dict[float, float]) -> float:
 
 
 def comparison_jobs(done: list[dict], sweep: list[dict]) -> list[dict]:
-    """The runs that the comparison lacks: seed by seed, the variants of the second stage last."""
+    """The runs that the comparison lacks: seed by seed, but what most depends on comes first."""
     tried = tried_rates(sweep)
     finished = {(record["task"], record["arm"], record["seed"]) for record in done}
     jobs = []
-    for variants, seed, task in itertools.product((False, True), SEEDS, TASKS):
+    for turn, seed, task in itertools.product(range(3), SEEDS, TASKS):
         runs = []
         for arm in ARMS[task]:
             stages = [tried[task, "ce"]] if ">" in arm else []
             rates = [best_rate(of_stage) for of_stage in (*stages, tried[task, rate_from(task, arm)])]
-            is_variant = rate_from(task, arm) != arm
-            if is_variant == variants and (task, arm, seed) not in finished:
+            if turn_of(task, arm) == turn and (task, arm, seed) not in finished:
                 runs.append((arm, rates))
         jobs += in_jobs(task, seed, runs)
     return jobs
+
+
+def turn_of(task: str, arm: str) -> int:
+    """First the losses alone and the recipe, then one stage with Lovász, last the variants of the second stage."""
+    if rate_from(task, arm) != arm:
+        return 2
+    return int("lovasz" in arm and ">" not in arm)
 
 
 def in_jobs(task: str, seed: int, runs: list) -> list[dict]:
