@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from segment import Loss, Stage, Task, build_network, cross_entropy, evaluate, lovasz, mixed, predict
 
-from kornia.metrics.iou_threshold import best_iou_threshold, iou_at_thresholds
+from kornia.metrics import best_iou_threshold, iou_at_thresholds
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"

@@ -31,8 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn.parallel import DistributedDataParallel
 
 from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
-from kornia.metrics import confusion_matrix
-from kornia.metrics.iou_threshold import IoUThresholdSearch
+from kornia.metrics import IoUThresholdSearch, confusion_matrix
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

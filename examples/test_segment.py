@@ -18,8 +18,6 @@ from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
 
 TINY = ["--size", "32", "--scenes", "8", "--steps", "4", "--lovasz-steps", "3", "--batch-size", "2", "--device", "cpu"]
 BINARY = segment.Task("binary", ("rest", "ink"))
-# Until binned ranking is there, images are scored one by one.
-OPTIONS_OF_GROUP = ("--per-image",)
 THREE = segment.Task("multiclass", ("a", "b", "c"))
 
 
@@ -273,7 +271,7 @@ def torchrun(script, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(segment.__file__).parent)}
     return subprocess.run(
-        [*map(str, command), *TINY, *OPTIONS_OF_GROUP, *map(str, args)],
+        [*map(str, command), *TINY, *map(str, args)],
         capture_output=True,
         text=True,
         check=False,

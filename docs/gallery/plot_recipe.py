@@ -21,7 +21,7 @@ from data import scene_splits
 from monai.networks.nets import BasicUNet
 
 from kornia.losses import LovaszHingeLoss
-from kornia.metrics.iou_threshold import best_iou_threshold, iou_at_thresholds
+from kornia.metrics import best_iou_threshold, iou_at_thresholds
 
 splits = scene_splits((400, 100, 100), size=64, seed=0)
 images = {name: split.images for name, split in splits.items()}
