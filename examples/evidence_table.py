@@ -78,14 +78,19 @@ def read(path: Path = RUNS) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def by_seed(records: list[dict], task: str, measure: str) -> dict[str, np.ndarray]:
-    """For every arm of a task, what was measured (in percent) on each of the seeds that all its arms have."""
+def by_seed(records: list[dict], task: str, measure: str) -> dict[str, dict[int, float]]:
+    """For every arm of a task, what was measured on each of its seeds, in percent."""
     found: dict[str, dict[int, float]] = {}
     for record in records:
         if record["task"] == task and measure in record:
             found.setdefault(record["arm"], {})[record["seed"]] = 100 * record[measure]
-    seeds = sorted(set.intersection(*(set(of_arm) for of_arm in found.values()))) if found else []
-    return {arm: np.array([found[arm][seed] for seed in seeds]) for arm in NAMES if arm in found}
+    return {arm: found[arm] for arm in NAMES if arm in found}
+
+
+def paired(values: dict[str, dict[int, float]], arm: str, other: str) -> np.ndarray:
+    """The difference between two arms on each of the seeds that both have."""
+    seeds = sorted(set(values[arm]) & set(values[other]))
+    return np.array([values[arm][seed] - values[other][seed] for seed in seeds])
 
 
 def tasks(records: list[dict]) -> list[str]:
@@ -96,25 +101,30 @@ def tasks(records: list[dict]) -> list[str]:
 def table(records: list[dict], task: str) -> list[list[str]]:
     """A heading and a row for every arm: mean test IoU, and its difference from cross-entropy, paired by seed."""
     columns = {m: values for m in MEASURES if (values := by_seed(records, task, m))}
-    heading = ["training"]
+    heading = ["training", "seeds"]
     for measure in columns:
         at = f" at {MEASURES[measure]}" if len(columns) > 1 else ""
         heading += [f"test IoU{at}", "against cross-entropy"]
     lines = [heading]
-    for arm in columns[next(iter(columns))]:
-        line = [NAMES[arm]]
+    for arm, of_arm in next(iter(columns.values())).items():
+        line = [NAMES[arm], str(len(of_arm))]
         for values in columns.values():
-            line += [f"{values[arm].mean():.1f}", difference(values, arm, REFERENCE)]
+            line += [f"{np.mean(list(values[arm].values())):.1f}", difference(values, arm, REFERENCE)]
         lines.append(line)
     return lines
 
 
-def difference(values: dict[str, np.ndarray], arm: str, other: str) -> str:
-    """The paired difference for people."""
-    if arm == other:
+def difference(values: dict[str, dict[int, float]], arm: str, other: str) -> str:
+    """The paired difference for people; with an interval from three pairs on."""
+    if arm == other or arm not in values or other not in values:
         return ""
-    interval = Interval.of(values[arm] - values[other])
-    return f"{interval.mean:+.1f} ± {interval.half:.1f}".replace("-", "\N{MINUS SIGN}")
+    differences = paired(values, arm, other)
+    if len(differences) < 3:
+        shown = f"{differences.mean():+.1f}" if len(differences) else ""
+    else:
+        interval = Interval.of(differences)
+        shown = f"{interval.mean:+.1f} ± {interval.half:.1f}"
+    return shown.replace("-", "\N{MINUS SIGN}")
 
 
 def contrast_table(records: list[dict]) -> list[list[str]]:
@@ -156,15 +166,13 @@ def switch_table(records: list[dict]) -> list[list[str]]:
 
 def setting(records: list[dict]) -> str:
     """What the numbers come from, in one sentence."""
-    seeds = {len(next(iter(by_seed(records, task, "test at half").values()))) for task in tasks(records)}
     versions, settings = records[-1]["versions"], records[-1]["settings"]
     dates = sorted({record["date"] for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"{' and '.join(map(str, sorted(seeds)))} seeds, {sum(settings['steps'])} steps of "
-        f"{settings['batch_size']} images, {settings['scenes'][2]} test images; {when}, one core of "
-        f"{records[-1]['machine']}, PyTorch {versions['torch'].partition('+')[0]}, MONAI {versions['monai']}, "
-        f"Python {versions['python']}"
+        f"{len(records)} runs, {sum(settings['steps'])} steps of {settings['batch_size']} images each, "
+        f"{settings['scenes'][2]} test images; {when}, one core of {records[-1]['machine']}, PyTorch "
+        f"{versions['torch'].partition('+')[0]}, MONAI {versions['monai']}, Python {versions['python']}"
     )
 
 
@@ -181,17 +189,24 @@ def draw(records: list[dict], path: Path) -> None:
     )
     for axis, (task, measure) in zip(np.atleast_1d(axes), panels, strict=True):
         values = by_seed(records, task, measure)
-        arms = [arm for arm in values if arm != REFERENCE]
+        arms = [arm for arm in values if arm != REFERENCE and len(paired(values, arm, REFERENCE))]
         for place, arm in enumerate(arms):
-            differences = values[arm] - values[REFERENCE]
-            interval = Interval.of(differences)
+            differences = paired(values, arm, REFERENCE)
             colour = "#1f77b4" if "lovasz" in arm else "#7f7f7f"
-            axis.plot(differences, np.full(len(differences), place), ".", color=colour, alpha=0.35, markersize=5)
-            axis.errorbar(interval.mean, place, xerr=interval.half, fmt="o", color=colour, capsize=3)
+            axis.plot(differences, np.full(len(differences), place), ".", color=colour, alpha=0.35, markersize=6)
+            if len(differences) > 2:  # the interval of two is wider than the axis
+                interval = Interval.of(differences)
+                axis.errorbar(interval.mean, place, xerr=interval.half, fmt="o", color=colour, capsize=3)
+            else:
+                axis.plot(differences.mean(), place, "o", color=colour)
         axis.axvline(0, color="#303030", linewidth=1, zorder=0)
         axis.set(yticks=range(len(arms)), yticklabels=[NAMES[arm] for arm in arms], ylim=(len(arms) - 0.5, -0.5))
         at = "" if task == "all digits" else f", {MEASURES[measure]}"
-        axis.set_title(f"{task}{at}: cross-entropy alone has {values[REFERENCE].mean():.1f} %", fontsize=10, loc="left")
+        axis.set_title(
+            f"{task}{at}: cross-entropy alone has {np.mean(list(values[REFERENCE].values())):.1f} %",
+            fontsize=10,
+            loc="left",
+        )
         axis.grid(axis="x", color="#e8e8e8")
         axis.set_axisbelow(True)
     np.atleast_1d(axes)[-1].set_xlabel("test IoU minus that of cross-entropy alone, percentage points")
