@@ -10,7 +10,7 @@ OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/nu
 .PHONY: help demo evidence bench test lint types pytest doctest bench-smoke docs test-torch patch patch-test upstream-test rebase clean
 
 help:
-	@echo "make demo        train a segmentation network on real handwriting, with and without the Lovász stage"
+	@echo "make demo        train a segmentation network on real handwriting in two stages, and find the best threshold"
 	@echo "make evidence    compare losses seed by seed, about an hour; stop it and go on as you like"
 	@echo "make bench       time, memory and accuracy beside Kornia 0.9.0 and cross-entropy"
 	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
