@@ -24,7 +24,17 @@ import tomlkit
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fork.compose import LOCAL_SDIST, LOCAL_WHEEL, SDIST, WHEEL, digest, download, fetch_release, read_settings
+from fork.compose import (
+    LOCAL_SDIST,
+    LOCAL_WHEEL,
+    SDIST,
+    WHEEL,
+    digest,
+    download,
+    edit_release,
+    fetch_release,
+    read_settings,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["-m", "pytest", "-q", "tests", "fork"]
@@ -205,6 +215,7 @@ def rebase(root: Path, release: str, tests: list[str]) -> None:
     print(f"From kornia {old} to {release}:")
     for line in changes(read_package(fetch_release(root)), package, overlay, folder / "diff") + notes:
         print(f"  {line}")
+    package |= edit_release(files[WHEEL], tree, read_settings(tree).get("exports", {}))
     if missing := missing_names(package, ours):
         listed = "".join(f"\n  {name}" for name in missing)
         raise RuntimeError(

@@ -163,13 +163,29 @@ def test_release_lacks_what_the_overlay_imports(fork):
     assert message.splitlines()[1] == "  kornia/loss.py: kornia.util.needed"
 
 
-def test_fork_does_not_build(fork):
+def test_tests_import_what_the_fork_exports(fork):
+    package = {"kornia/__init__.py": "from .util import needed\n\nVALUE = 2\n"}
+    write_release(fork.parent / "index", "0.0.2", OLD | package)
+    with (fork / "pyproject.toml").open("a") as file:
+        file.write('[tool.fork.exports]\n"kornia/loss.py" = ["OURS"]\n')
+    (fork / "tests" / "test_loss.py").write_text("from kornia import OURS\n")
+    rebase(fork, "0.0.2", ["-c", "from kornia import OURS"])
+    assert tomllib.loads((fork / "pyproject.toml").read_text())["tool"]["fork"]["release"] == "0.0.2"
+
+
+def test_release_cannot_export(fork):
     write_release(fork.parent / "index", "0.0.2", OLD)
     with (fork / "pyproject.toml").open("a") as file:
         file.write('[tool.fork.exports]\n"kornia/loss.py" = ["OURS", "VALUE"]\n')
+    assert "it has VALUE already" in refused(fork, "0.0.2", CHECK)
+
+
+def test_fork_does_not_build(fork):
+    write_release(fork.parent / "index", "0.0.2", OLD)
+    (fork / "kornia" / "__init__.py").touch()
     message = refused(fork, "0.0.2", CHECK)
     assert message.startswith("The fork does not build, so nothing has changed here: see ")
-    assert "it has VALUE already" in Path(message.split("see ")[1][:-1]).read_text()
+    assert "would hide the installed kornia" in Path(message.split("see ")[1][:-1]).read_text()
 
 
 def test_no_such_release(fork):
