@@ -47,8 +47,8 @@ _MIN_HINGE = 1 << 13
 _MIN_DIGITS = 1 << 15
 # Errors ranked at a time in the dense form, unless one row is longer: the temporaries take some 40 bytes for each.
 _SLAB = 1 << 22
-# Errors sorted at a time in the sparse form, about: sorting takes some 30 bytes for each.
-_MAX_SORT = 1 << 19
+# Sorting takes some 40 bytes for each error, so the hinge loss sorts the errors of a group in parts.
+_MAX_PARTS, _MIN_PART = 8, 1 << 16
 # Pixels whose weights are computed at a time in the sparse form.
 _PIECE = 1 << 16
 # The tables of more bins would outgrow the images.
@@ -103,7 +103,7 @@ def hinge_loss(logits: Tensor, labels: Tensor, valid: Optional[Tensor], options:
         valid: bool ``(B, N)``, False for the pixels to ignore, or None.
         options: how to group, reduce and rank.
     """
-    return _reduced_losses(_hinge_dense, _hinge_sparse, logits, labels, valid, options)
+    return _reduced_losses(_hinge_dense, _hinge_sparse, 0, logits, labels, valid, options)
 
 
 def softmax_loss(
@@ -129,23 +129,24 @@ def softmax_loss(
         classes: "all", "present" or the indices of the classes to average.
         options: how to group, reduce and rank.
     """
+    forms = partial(_softmax_dense, weight, classes), partial(_softmax_sparse, weight, classes)
     # The gradient of a weight needs the term of each class, which the sparse form does not keep.
-    dense_only = logits.numel() < _MIN_SPARSE or (weight is not None and weight.requires_grad)
-    sparse = None if dense_only else partial(_softmax_sparse, weight, classes)
-    return _reduced_losses(partial(_softmax_dense, weight, classes), sparse, logits, labels, valid, options)
+    least = math.inf if weight is not None and weight.requires_grad else _MIN_SPARSE
+    return _reduced_losses(*forms, least, logits, labels, valid, options)
 
 
 def _reduced_losses(
     dense: Callable[..., Tensor],
-    sparse: Optional[Callable[..., Any]],
+    sparse: Callable[..., Any],
+    least: float,
     logits: Tensor,
     labels: Tensor,
     valid: Optional[Tensor],
     options: Options,
 ) -> Tensor:
-    """Losses of the groups by the ranking that suits the logits, reduced."""
+    """Losses of the groups by the ranking that suits the logits, sparse from ``least`` of them on, reduced."""
     arguments = (labels, valid, options)
-    if sparse is None or options.group is not None or not _is_sparse(logits):
+    if options.group is not None or not _is_sparse(logits) or logits.numel() < least:
         losses = dense(*arguments, logits)
     elif torch.is_grad_enabled() and logits.requires_grad:
         losses = _Sparse.apply(logits, partial(dense, *arguments), partial(sparse, *arguments))
@@ -191,7 +192,7 @@ def _is_eager(tensor: Tensor) -> bool:
 
 
 def _is_sparse(logits: Tensor) -> bool:
-    return logits.device.type == "cpu" and logits.numel() > 0 and _is_eager(logits) and not _is_dual(logits)
+    return logits.device.type == "cpu" and _is_eager(logits) and logits.numel() > 0 and not _is_dual(logits)
 
 
 def _is_dual(tensor: Tensor) -> bool:
@@ -257,11 +258,14 @@ def _sorted_weights(
 
 def _descending_order(errors: Tensor) -> Tensor:
     """Stable order of the errors ``(*, N)`` along the last dimension, the largest first."""
+    if errors.device.type != "cpu" or not _is_eager(errors):
+        return errors.argsort(dim=-1, descending=True, stable=True)
     rows = math.prod(errors.shape[:-1])
-    least, dtypes = (
-        (_MIN_DIGITS // 5, (torch.float32, torch.float64)) if rows == 1 else (_MIN_DIGITS // 2, (torch.float32,))
-    )
-    if errors.numel() <= least or errors.dtype not in dtypes or errors.device.type != "cpu" or not _is_eager(errors):
+    if rows == 1:
+        by_digits = errors.numel() > _MIN_DIGITS // 5
+    else:
+        by_digits = errors.numel() > _MIN_DIGITS // 2 and errors.dtype == torch.float32
+    if not by_digits:
         return errors.argsort(dim=-1, descending=True, stable=True)
     # On the CPU, PyTorch sorts a vector of integers by their digits, several times as fast as floating-point numbers.
     # The bits of a number order it, once those of a negative number are inverted; inverting all makes it descend.
@@ -350,7 +354,7 @@ def _hinge_dense(labels: Tensor, valid: Optional[Tensor], options: Options, logi
         weights = _rank_dense_by_bins(*rows, options.num_bins, options)[0].squeeze(1)
     # A weight of 0 leaves its pixel out; multiplied with an infinite error it would be nan.
     losses = (errors.masked_fill((weights == 0) & errors.isinf(), 0.0) * weights).sum(-1)
-    return (losses if options.per_image else losses.sum(0, keepdim=True)) / options.divisor(len(logits))
+    return (losses if options.per_image else losses.sum(0, keepdim=True)) / options.divisor(logits.shape[0])
 
 
 def _class_factors(
@@ -395,7 +399,7 @@ def _softmax_dense(
         present = (total > 0).unflatten(0, (-1, logits.shape[1]))
     del others, errors
 
-    factors = _class_factors(classes, weight, present, options.divisor(len(logits)), logits.dtype)
+    factors = _class_factors(classes, weight, present, options.divisor(logits.shape[0]), logits.dtype)
     weights = weights * factors.unsqueeze(-1)
     weights = (weights + weights.gather(1, labels)).masked_fill(foreground, 0.0)
     if valid is not None:
@@ -433,12 +437,10 @@ def _rank_sparse(
     return weights
 
 
-def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, total: int, num_bins: int) -> Tensor:
-    """The same by bins, from the errors themselves."""
-    if len(errors) == 0:
-        return errors
+def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, num_bins: int) -> Tensor:
+    """Weights of a vector of errors by bins."""
     row = errors.view(1, 1, -1), foreground.view(1, 1, -1)
-    return rank_by_bins(*row, num_bins, per_image=True, total=torch.tensor([total]), slab=_PIECE)[0].view(-1)
+    return rank_by_bins(*row, num_bins, per_image=True, slab=_PIECE)[0].view(-1)
 
 
 def _pixels(mask: Tensor) -> Tensor:
@@ -450,7 +452,7 @@ def _hinge_sparse(
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Losses of the groups and their gradient ``(B, N)``: only pixels with a positive error are ranked."""
     shape = logits.shape if options.per_image else (1, logits.numel())
-    divisor = options.divisor(len(logits))
+    divisor = options.divisor(logits.shape[0])
     rows, labels = logits.reshape(shape), labels.reshape(shape)
     valid = None if valid is None else valid.reshape(shape)
     if logits.numel() < _MIN_HINGE and options.num_bins is None:
@@ -459,15 +461,15 @@ def _hinge_sparse(
     # Without a gradient, the groups share one buffer.
     buffer = torch.empty(shape if with_gradient else (1, shape[1]), dtype=logits.dtype)
     losses = logits.new_empty(shape[0])
+    loss_of = _hinge_group if options.num_bins is None else partial(_hinge_group_by_bins, num_bins=options.num_bins)
     for g in range(shape[0]):
-        losses[g] = _hinge_group(
+        losses[g] = loss_of(
             rows[g],
             labels[g],
             None if valid is None else valid[g],
             buffer[g if with_gradient else 0],
-            divisor,
-            options.num_bins,
-            with_gradient,
+            divisor=divisor,
+            with_gradient=with_gradient,
         )
     return losses, buffer.view_as(logits) if with_gradient else None
 
@@ -486,20 +488,36 @@ def _hinge_rows(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor
     return losses, torch.where(foreground, -weights, weights).masked_fill_(margins <= -1.0, 0.0)
 
 
-def _hinge_group(
+def _hinge_group_by_bins(
     logits: Tensor,
     labels: Tensor,
     valid: Optional[Tensor],
     buffer: Tensor,
     divisor: int,
-    num_bins: Optional[int],
+    num_bins: int,
     with_gradient: bool,
 ) -> float:
     """Loss of one group of pixels ``(N,)``; its gradient is left in ``buffer``, a tensor of that shape."""
+    errors = buffer.copy_(labels).mul_(-2.0).add_(1.0).mul_(logits).add_(1.0).relu_()
+    if valid is not None:
+        errors.masked_fill_(~valid, 0.0)
+    weights = _rank_sparse_by_bins(errors, labels == 1, num_bins)
+    loss = (errors * weights).sum().item()
+    if math.isnan(loss):  # as in _hinge_part
+        loss = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum().item()
+    if with_gradient:
+        weights.masked_fill_(errors <= 0, 0.0)
+        buffer.copy_(labels).mul_(-2.0 / divisor).add_(1.0 / divisor).mul_(weights)
+    return loss / divisor
+
+
+def _hinge_group(
+    logits: Tensor, labels: Tensor, valid: Optional[Tensor], buffer: Tensor, divisor: int, with_gradient: bool
+) -> float:
+    """The same, exact."""
     # Step by step in one place: fresh memory is faulted in at every call, which costs more than the arithmetic on it.
     margins = buffer.copy_(labels).mul_(-2.0).add_(1.0).mul_(logits)
-    foreground = labels == 1
-    total = int(foreground.count_nonzero())  # sum would make an int64 copy
+    total = int((labels == 1).count_nonzero())  # sum would make an int64 copy
     # not at most -1, rather than above: a nan must not be dropped
     wrong = (margins <= -1.0).logical_not_()
     if valid is not None:
@@ -510,37 +528,47 @@ def _hinge_group(
     margins.masked_fill_(~wrong, 0.0)  # already the gradient there
 
     loss, before, alarms = 0.0, 0, 0
-    for floor in [*(_floors(margins, wrong) if num_bins is None else ()), None]:
-        within = wrong if floor is None else wrong & (margins > floor)
+    for floor in _floors(margins, wrong):
+        within = wrong if floor is None else (margins > floor).logical_and_(wrong)
         pixels = _pixels(within)
-        errors = margins.index_select(0, pixels)
-        background = foreground.index_select(0, pixels).logical_not_()
-        if num_bins is None:
-            weights = _rank_sparse(errors, partial(background.index_select, 0), total, before, alarms)
-        else:
-            weights = _rank_sparse_by_bins(errors + 1.0, ~background, total, num_bins)
-        part = errors.add_(1.0).mul_(weights).sum().item()
-        if math.isnan(part):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
-            errors = margins.index_select(0, pixels).add_(1.0)
-            part = errors.masked_fill_((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum().item()
-        loss += part
-        if with_gradient:
-            directions = background.to(weights.dtype).mul_(2.0 / divisor).sub_(1.0 / divisor)
-            margins.index_copy_(0, pixels, directions.mul_(weights))
-        if floor is not None:
-            wrong ^= within
-            before, alarms = before + len(pixels), alarms + int(background.count_nonzero())
+        wrong ^= within
+        background = labels.index_select(0, pixels) != 1
+        loss += _hinge_part(margins, pixels, background, total, before, alarms, divisor, with_gradient)
+        before, alarms = before + len(pixels), alarms + int(background.count_nonzero())
     return loss / divisor
 
 
-def _floors(margins: Tensor, wrong: Tensor) -> list[float]:
-    """Where to divide the wrong margins, in descending order, for parts that sort in little memory."""
-    cuts = int(wrong.count_nonzero()) // _MAX_SORT
+def _floors(margins: Tensor, wrong: Tensor) -> list[Optional[float]]:
+    """Where the parts of the wrong margins end that are sorted one after the other, the largest first."""
+    cuts = min(_MAX_PARTS - 1, int(wrong.count_nonzero()) // _MIN_PART)
     if cuts == 0:
-        return []
+        return [None]
     step = len(margins) // 4096 | 1  # odd, for pixels of many columns
     sample = margins[::step][wrong[::step]].sort(descending=True).values
-    return sample[torch.arange(1, cuts + 1) * len(sample) // (cuts + 1)].tolist()
+    return [*sample[torch.arange(1, cuts + 1) * len(sample) // (cuts + 1)].tolist(), None]
+
+
+def _hinge_part(
+    margins: Tensor,
+    pixels: Tensor,
+    background: Tensor,
+    total: int,
+    before: int,
+    alarms: int,
+    divisor: int,
+    with_gradient: bool,
+) -> float:
+    """Rank some of the pixels, after those ``before``; their gradient replaces their margins."""
+    errors = margins.index_select(0, pixels)
+    weights = _rank_sparse(errors, partial(background.index_select, 0), total, before, alarms)
+    loss = errors.add_(1.0).mul_(weights).sum().item()
+    if math.isnan(loss):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
+        errors = margins.index_select(0, pixels).add_(1.0)
+        loss = errors.masked_fill_((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum().item()
+    if with_gradient:
+        directions = background.to(weights.dtype).mul_(2.0 / divisor).sub_(1.0 / divisor)
+        margins.index_copy_(0, pixels, directions.mul_(weights))
+    return loss
 
 
 def _softmax_sparse(
@@ -644,7 +672,7 @@ def _softmax_group(
         if num_bins is None:
             weights = _rank_sparse(errors, lambda indices, count=count: indices >= count, count)
         else:
-            weights = _rank_sparse_by_bins(errors, torch.arange(len(errors)) < count, count, num_bins)
+            weights = _rank_sparse_by_bins(errors, torch.arange(len(errors)) < count, num_bins)
         weights.mul_(factor)
         sizes = [len(found) for found in (*missed, *wrong)]
         weights_of, parts_of = weights.split(sizes), errors.mul_(weights).split(sizes)

@@ -46,7 +46,6 @@ def rank_by_bins(
     num_bins: int,
     per_image: bool,
     group: Optional[torch.distributed.ProcessGroup] = None,
-    total: Optional[Tensor] = None,
     slab: Optional[int] = None,
 ) -> tuple[Tensor, Tensor]:
     """Weights of the errors ``(B, M, N)``, ranked in M rows for each image or for the whole batch.
@@ -60,7 +59,6 @@ def rank_by_bins(
         num_bins: half the number of bins of a row.
         per_image: whether each image has rows of its own; otherwise the images share them.
         group: the processes whose batches are one batch, or None.
-        total: int64 ``(R,)``, the foreground size of each row, where ``foreground`` holds a part of it only.
         slab: how many errors to count at a time, which takes some 40 bytes for each. None: all.
 
     Returns:
@@ -76,18 +74,18 @@ def rank_by_bins(
     num_rows = batch * per_batch if per_image else per_batch
     row_of = torch.arange(num_rows, device=errors.device)
     row_of = row_of.view(batch if per_image else 1, per_batch, 1).expand(batch, -1, -1)
-    if total is None:
-        total = foreground.sum(-1).flatten() if per_image else foreground.sum((0, 2))
+    total = foreground.sum(-1).flatten() if per_image else foreground.sum((0, 2))
     largest, is_owner = _largest(errors, per_image, group)
     scale, row_cells = largest[row_of], (row_of * _COLUMNS).to(torch.int32)
     length = count if slab is None else max(1, slab // max(1, batch * per_batch))
     parts = [slice(start, start + length) for start in range(0, count, length)]
 
-    def over_parts(step: Callable[[slice], Tensor]) -> Tensor:
-        """What ``step`` makes of all pixels, a part of them at a time."""
+    def over_parts(step: Callable[[slice], Tensor], result: Optional[Tensor] = None) -> Tensor:
+        """What ``step`` makes of all pixels, a part of them at a time, in place of ``result``."""
         if len(parts) == 1:
             return step(slice(None))
-        result = torch.empty_like(errors, dtype=torch.int32)
+        if result is None:
+            result = torch.empty_like(errors, dtype=torch.int32)
         for part in parts:
             result[..., part] = step(part)
         return result
@@ -125,14 +123,14 @@ def rank_by_bins(
 
     # In each half of a row, the column behind the bins is of errors without a cell.
     columns = 2 * (2 * num_bins + 1)
-    slots = over_parts(slots_in)
+    slots = over_parts(slots_in, keys)
     bins, _ = summed_counts(lambda part: slots[..., part], columns, total)
     background, foreground_bins = bins.view(num_rows, 2, -1)[..., :-1].unbind(1)
     table = torch.nn.functional.pad(_weights(foreground_bins, background, total), (0, 1)).to(errors.dtype)
     weights = table.flatten().index_select(0, slots.flatten()).view(errors.shape)
     # Of an absent class, the largest error alone counts.
     alone = (is_owner & (total == 0)[row_of]).to(errors.dtype)
-    return weights.scatter_add(-1, errors.argmax(-1, keepdim=True), alone), total
+    return weights.scatter_add_(-1, errors.argmax(-1, keepdim=True), alone), total
 
 
 def _largest(errors: Tensor, per_image: bool, group: Optional[torch.distributed.ProcessGroup]) -> tuple[Tensor, Tensor]:

@@ -380,7 +380,7 @@ class TestLovaszHingeLoss(BaseTester):
         results = []
         for is_sparse, piece, digits in ((False, 1, 1 << 30), (True, 7, 4), (True, 1000, 1 << 12), (True, 1 << 20, 1)):
             with monkeypatch.context() as patch:
-                patch.setattr("kornia.losses._lovasz._MAX_SORT", 50 * piece)
+                patch.setattr("kornia.losses._lovasz._MIN_PART", 50 * piece)
                 patch.setattr("kornia.losses._lovasz._PIECE", piece)
                 patch.setattr("kornia.losses._lovasz._MIN_DIGITS", digits)
                 if not is_sparse:
@@ -411,8 +411,8 @@ class TestLovaszHingeLoss(BaseTester):
         elif case == "right":
             pred = torch.where(target == 1, 4.0, -4.0).to(dtype).unsqueeze(1)
         results = []
-        for most in (1 << 20, length):
-            monkeypatch.setattr("kornia.losses._lovasz._MAX_SORT", most)
+        for least in (1 << 20, length):
+            monkeypatch.setattr("kornia.losses._lovasz._MIN_PART", least)
             leaf = pred.clone().requires_grad_()
             loss = lovasz_hinge_loss(leaf, target)
             loss.backward()
