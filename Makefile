@@ -31,6 +31,7 @@ evidence: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/threshold.py $(ARGS)
 
 test: lint types pytest doctest bench-smoke docs
 
@@ -52,6 +53,7 @@ doctest: $(VENV)/installed
 # Everything the benchmark does, once, on tiny inputs: it must not rot between the runs that count.
 bench-smoke: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py --smoke --out build/bench-smoke
+	$(BIN)/python benchmarks/threshold.py --smoke --out build/bench-smoke
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going -b html docs/source docs/build/html
