@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Iterator, Optional
 import torch
 from torch import Tensor
 
-from kornia.core.check import KORNIA_CHECK_SHAPE
+from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
 from kornia.losses._lovasz import _descending_order, _is_eager, mask_labels
 from kornia.losses.lovasz_hinge import _check_binary
 
@@ -245,6 +245,7 @@ def iou_at_thresholds(
             :math:`(T,)`.
         ValueError: if the batch or image sizes or the devices differ, or a label on the CPU is neither 0, 1 nor
             ``ignore_index``.
+        TypeCheckError: if ``thresholds`` is not a tensor.
 
     Example:
         >>> pred = torch.tensor([[[[2.0, -0.5], [0.25, -3.0]]]])
@@ -253,6 +254,7 @@ def iou_at_thresholds(
         tensor([0.3333, 0.5000, 0.6667])
 
     """
+    KORNIA_CHECK_IS_TENSOR(thresholds, "thresholds must be Tensor.")
     KORNIA_CHECK_SHAPE(thresholds, ["T"])
     logits, foreground, valid = _prepare(pred, target, ignore_index)
     if not thresholds.device == pred.device:
@@ -326,6 +328,7 @@ class IoUThresholdSearch:
     Raises:
         ShapeError: if ``thresholds`` is not :math:`(T,)`.
         ValueError: if there is no threshold, one is nan, or they are not floating-point numbers.
+        TypeCheckError: if ``thresholds`` is neither a tensor nor None.
 
     Example:
         >>> search = IoUThresholdSearch(torch.tensor([-1.0, 0.0, 1.0]))
@@ -343,7 +346,8 @@ class IoUThresholdSearch:
 
     def __init__(self, thresholds: Optional[Tensor] = None, *, ignore_index: Optional[int] = -100) -> None:
         if thresholds is None:
-            thresholds = torch.linspace(0.3, 0.7, 31).logit()
+            thresholds = torch.linspace(0.3, 0.7, 31, dtype=torch.float32).logit()
+        KORNIA_CHECK_IS_TENSOR(thresholds, "thresholds must be Tensor or None.")
         KORNIA_CHECK_SHAPE(thresholds, ["T"])
         if not (thresholds.is_floating_point() and len(thresholds) > 0 and not thresholds.isnan().any()):
             raise ValueError(
@@ -397,7 +401,8 @@ class IoUThresholdSearch:
             group: processes whose counts are added up, as for ``iou_at_thresholds``. None: those of this process.
 
         Returns:
-            the threshold, in logits, and its IoU, both 0-d. Both are nan if a logit was.
+            the threshold, in logits, and its IoU, both 0-d. Both are nan if a logit was. To apply it to logits of a
+            lower precision, use ``pred.float() > threshold``: PyTorch rounds a 0-d threshold to the dtype of ``pred``.
 
         Raises:
             RuntimeError: if no valid pixel has been counted.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kornia.core._compat import torch_version_ge
-from kornia.core.exceptions import ShapeError
+from kornia.core.exceptions import ShapeError, TypeCheckError
 from kornia.losses import lovasz_hinge_loss
 from kornia.metrics import IoUThresholdSearch, best_iou_threshold, iou_at_thresholds, mean_iou
 
@@ -165,6 +165,8 @@ class TestIoUAtThresholds(BaseTester):
             iou_at_thresholds(pred, target, torch.tensor(0.0))
         with pytest.raises(ValueError, match=r"thresholds and pred must be in the same device\. Got: meta and cpu"):
             iou_at_thresholds(pred, target, torch.zeros(3, device="meta"))
+        with pytest.raises(TypeCheckError, match=r"thresholds must be Tensor\."):
+            iou_at_thresholds(pred, target, [0.0, 1.0])
         with pytest.raises(TypeError):
             iou_at_thresholds(pred, target, torch.zeros(3), 255)  # the option is keyword-only
 
@@ -521,6 +523,7 @@ class TestIoUThresholdSearch(BaseTester):
     def test_default_thresholds(self):
         thresholds = IoUThresholdSearch().thresholds
         assert thresholds.shape == (31,)
+        assert thresholds.dtype == torch.float32
         expected = [torch.tensor(0.3 + 0.4 * i / 30, dtype=torch.float64) for i in range(31)]
         expected = torch.stack([(p / (1 - p)).log() for p in expected]).float()
         self.assert_close(thresholds, expected, rtol=1e-5, atol=1e-6)
@@ -530,6 +533,8 @@ class TestIoUThresholdSearch(BaseTester):
         exception_cases(lambda pred, target, **options: IoUThresholdSearch(**options).update(pred, target))
         with pytest.raises(ShapeError, match="expected 1 dimensions, got 2"):
             IoUThresholdSearch(torch.zeros(2, 3))
+        with pytest.raises(TypeCheckError, match=r"thresholds must be Tensor or None\."):
+            IoUThresholdSearch([0.0, 1.0])
         for thresholds in (torch.zeros(0), torch.tensor([0.0, NAN]), torch.tensor([0, 1])):
             with pytest.raises(
                 ValueError, match="thresholds must hold floating-point numbers, at least one and none nan"
