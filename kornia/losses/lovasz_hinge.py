@@ -22,7 +22,7 @@ def _check_binary(labels: Tensor, ignore_index: Optional[int]) -> None:
     binary = (labels == 0) | (labels == 1)
     expected = "target must hold 0 for the background and 1 for the foreground"
     if ignore_index is not None:
-        expected += f", or ignore_index={ignore_index} for pixels to ignore"
+        expected += f", or ignore_index={int(ignore_index)} for pixels to ignore"
     if is_compiling():
         torch._assert_async(binary.all(), expected)
     elif not binary.all():

@@ -586,6 +586,17 @@ class TestLovaszHingeLoss(BaseTester):
         with pytest.raises(RuntimeError, match="0 for the background and 1 for the foreground"):
             compiled(pred, target + 1)
 
+    @pytest.mark.jit
+    @sparse_only
+    def test_dynamo_dynamic_function(self, device, torch_optimizer):
+        # the function itself, whose options are then inputs of the compiled code
+        compiled = torch_optimizer(lovasz_hinge_loss, fullgraph=True, dynamic=True)
+        for shape in ((2, 5, 6), (3, 7, 9)):
+            pred, target = make_inputs(device, torch.float32, shape)
+            target[0, 0] = 255
+            expected = lovasz_hinge_loss(pred, target, ignore_index=255)
+            self.assert_close(compiled(pred, target, ignore_index=255), expected, rtol=1e-6, atol=0.0)
+
     @sparse_only
     def test_export(self, device):
         pred, target = make_inputs(device, torch.float32)
