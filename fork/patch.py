@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LICENCE_LINE = "# SPDX-License-Identifier: Apache-2.0\n"
 # Without this variable Kornia leaves out the tests of torch.compile.
 OPTIMIZER = "KORNIA_TEST_OPTIMIZER"
-# Names in benchmarks/results/*.json, where the release is "Kornia " and its version.
+# Names in the results of `make bench`, where the release is "Kornia " and its version.
 BASELINE, OURS = "cross-entropy", "this fork"
 
 
@@ -255,7 +255,9 @@ def left_to_submitter(step: Step) -> str:
 def evidence(root: Path, step: Step) -> str:
     """The measurements of `make bench` that belong to a step, as tables."""
     parts = []
-    for path in sorted((root / "benchmarks" / "results").glob("*.json")):
+    for path in sorted(
+        (root / "benchmarks" / "results").glob("c[pu]*.json")
+    ):  # cpu and cuda, as `make bench` names them
         results = json.loads(path.read_text(encoding="utf-8"))
         if tables := result_tables(results, step.results):
             machine = results["machine"]
