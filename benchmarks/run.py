@@ -60,12 +60,23 @@ def measure_times(kind: str, shape: tuple[int, ...], stage: str, device: torch.d
     }
     for timer in timers.values():
         timer.timeit(1)
-    repeat = 1 if pred.numel() > 1 << 18 else 20  # short steps are timed in groups
+    return in_turn(timers, rounds, pred.numel())
+
+
+def in_turn(timers: dict[str, Timer], rounds: int, pixels: int) -> dict[str, list[float]]:
+    """Seconds of every timer in every round, one after the other within a round."""
+    repeat = 1 if pixels > 1 << 18 else 20  # short steps are timed in groups
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
             seconds[name].append(timer.timeit(repeat).mean)
     return seconds
+
+
+def spread(ratios: list[float], digits: int) -> str:
+    """Median and quartiles."""
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return f"{statistics.median(ratios):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def measure_memory(kind: str, shape: tuple[int, ...], stage: str, device: torch.device) -> dict[str, float]:
@@ -209,9 +220,7 @@ def time_row(seconds: dict[str, list[float]]) -> dict[str, str]:
         if name == BASELINE:
             row[name] = f"{1000 * statistics.median(values):.2f} ms"
         else:
-            ratios = [value / base for value, base in zip(values, seconds[BASELINE])]
-            low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            row[name] = f"{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f})"
+            row[name] = spread([value / base for value, base in zip(values, seconds[BASELINE])], 2)
     over = [old / new for old, new in zip(seconds[RELEASE], seconds[OURS])]
     row["speed-up over Kornia"] = f"{statistics.median(over):.1f}"
     return row

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from run import HERE, describe, machine, scene, table
+from run import HERE, describe, in_turn, machine, scene, spread, table
 from torch.utils.benchmark import Timer
 
 from kornia.metrics import IoUThresholdSearch, best_iou_threshold, iou_at_thresholds
@@ -70,12 +70,7 @@ def measure(shape: tuple[int, ...], stage: str, device: torch.device, rounds: in
         )
         for name, f in IMPLEMENTATIONS.items()
     }
-    repeat = 1 if pred.numel() > 1 << 18 else 20  # short steps are timed in groups
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(repeat).mean)
-    return seconds
+    return in_turn(timers, rounds, pred.numel())
 
 
 def row(seconds: dict[str, list[float]]) -> dict[str, str]:
@@ -84,9 +79,7 @@ def row(seconds: dict[str, list[float]]) -> dict[str, str]:
     for name, values in seconds.items():
         cells[name] = f"{1000 * statistics.median(values):.1f} ms"
         if name != LOOP:
-            ratios = [base / value for value, base in zip(values, seconds[LOOP])]
-            low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            cells[name] += f", {statistics.median(ratios):.1f} ({low:.1f}-{high:.1f})"
+            cells[name] += f", {spread([base / value for value, base in zip(values, seconds[LOOP])], 1)}"
     return cells
 
 

@@ -482,10 +482,16 @@ def _hinge_rows(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor
         margins.masked_fill_(~valid, float("-inf"))
     weights = _rank_rows(margins, foreground).div_(divisor)
     errors = (margins + 1.0).relu_()
-    losses = (errors * weights).sum(1)
-    if any(math.isnan(loss) for loss in losses.tolist()):  # as in _hinge_group
-        losses = errors.masked_fill_((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(1)
+    losses = _weighted_sum(errors, weights)
     return losses, torch.where(foreground, -weights, weights).masked_fill_(margins <= -1.0, 0.0)
+
+
+def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
+    """The sum of ``weight * error`` along the last dimension, on the CPU."""
+    losses = (errors * weights).sum(-1)
+    if losses.isnan().any():  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
+        losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
+    return losses
 
 
 def _hinge_group_by_bins(
@@ -502,9 +508,7 @@ def _hinge_group_by_bins(
     if valid is not None:
         errors.masked_fill_(~valid, 0.0)
     weights = _rank_sparse_by_bins(errors, labels == 1, num_bins)
-    loss = (errors * weights).sum().item()
-    if math.isnan(loss):  # as in _hinge_part
-        loss = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum().item()
+    loss = _weighted_sum(errors, weights).item()
     if with_gradient:
         weights.masked_fill_(errors <= 0, 0.0)
         buffer.copy_(labels).mul_(-2.0 / divisor).add_(1.0 / divisor).mul_(weights)
@@ -561,10 +565,7 @@ def _hinge_part(
     """Rank some of the pixels, after those ``before``; their gradient replaces their margins."""
     errors = margins.index_select(0, pixels)
     weights = _rank_sparse(errors, partial(background.index_select, 0), total, before, alarms)
-    loss = errors.add_(1.0).mul_(weights).sum().item()
-    if math.isnan(loss):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
-        errors = margins.index_select(0, pixels).add_(1.0)
-        loss = errors.masked_fill_((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum().item()
+    loss = _weighted_sum(errors.add_(1.0), weights).item()
     if with_gradient:
         directions = background.to(weights.dtype).mul_(2.0 / divisor).sub_(1.0 / divisor)
         margins.index_copy_(0, pixels, directions.mul_(weights))

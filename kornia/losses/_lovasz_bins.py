@@ -77,6 +77,9 @@ def rank_by_bins(
     total = foreground.sum(-1).flatten() if per_image else foreground.sum((0, 2))
     largest, is_owner = _largest(errors, per_image, group)
     scale, row_cells = largest[row_of], (row_of * _COLUMNS).to(torch.int32)
+    # In each half of a row, the column behind the bins is of errors without a cell.
+    columns = 2 * (2 * num_bins + 1)
+    row_slots = (row_of * columns).to(torch.int32)
     length = count if slab is None else max(1, slab // max(1, batch * per_batch))
     parts = [slice(start, start + length) for start in range(0, count, length)]
 
@@ -119,10 +122,8 @@ def rank_by_bins(
         cell = ((key >> _CELL_BITS) + row_cells).flatten()
         within = (key & ((1 << _CELL_BITS) - 1)).to(torch.float32).flatten()
         slot = (starts.index_select(0, cell) + within * slopes.index_select(0, cell)).to(torch.int32)
-        return slot.view(key.shape) + (row_of * columns).to(torch.int32)
+        return slot.view(key.shape) + row_slots
 
-    # In each half of a row, the column behind the bins is of errors without a cell.
-    columns = 2 * (2 * num_bins + 1)
     slots = over_parts(slots_in, keys)
     bins, _ = summed_counts(lambda part: slots[..., part], columns, total)
     background, foreground_bins = bins.view(num_rows, 2, -1)[..., :-1].unbind(1)

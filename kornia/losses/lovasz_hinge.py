@@ -29,6 +29,28 @@ def _check_binary(labels: Tensor, ignore_index: Optional[int]) -> None:
         raise ValueError(f"{expected}. Got: {labels[~binary].unique()[:5].tolist()}")
 
 
+def _check_pair(pred: Tensor, target: Tensor) -> None:
+    """Raise unless there are logits of one class, and labels of the same images."""
+    KORNIA_CHECK_SHAPE(pred, ["B", "1", "H", "W"])
+    KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
+    if not (pred.shape[0] == target.shape[0] and pred.shape[-2:] == target.shape[-2:]):
+        raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
+    if not pred.device == target.device:
+        raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
+
+
+def _binary_labels(target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
+    """Checked labels, 0 where they are to be ignored, and where they are not: None if that is everywhere."""
+    # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
+    labels = target if target.is_floating_point() else target.to(torch.int64)
+    labels, valid = mask_labels(labels, 2, ignore_index)
+    if labels.requires_grad:  # gradcheck moves them a little: what is not 1 counts as background
+        labels = labels == 1
+    elif valid is not None or ignore_index is None:  # otherwise mask_labels has seen that all are 0 and 1
+        _check_binary(labels, ignore_index)
+    return labels, valid
+
+
 def lovasz_hinge_loss(
     pred: Tensor,
     target: Tensor,
@@ -107,23 +129,12 @@ def lovasz_hinge_loss(
         tensor(0.6250)
 
     """
-    KORNIA_CHECK_SHAPE(pred, ["B", "1", "H", "W"])
-    KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
-    if not (pred.shape[0] == target.shape[0] and pred.shape[-2:] == target.shape[-2:]):
-        raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
-    if not pred.device == target.device:
-        raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
+    _check_pair(pred, target)
     options = Options(per_image, reduction, num_bins, group)
     options.check()
 
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32)).flatten(1)
-    # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
-    labels = target.flatten(1) if target.is_floating_point() else target.flatten(1).to(torch.int64)
-    labels, valid = mask_labels(labels, 2, ignore_index)
-    if labels.requires_grad:  # gradcheck moves them a little: what is not 1 counts as background
-        labels = labels == 1
-    elif valid is not None or ignore_index is None:  # otherwise mask_labels has seen that all are 0 and 1
-        _check_binary(labels, ignore_index)
+    labels, valid = _binary_labels(target.flatten(1), ignore_index)
     loss = hinge_loss(logits, labels, valid, options)
     return loss.to(pred.dtype) if pred.is_floating_point() else loss
 

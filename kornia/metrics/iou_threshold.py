@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
-from kornia.losses._lovasz import _descending_order, _is_eager, mask_labels
-from kornia.losses.lovasz_hinge import _check_binary
+from kornia.losses._lovasz import _descending_order, _is_eager
+from kornia.losses.lovasz_hinge import _binary_labels, _check_pair
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,18 +30,9 @@ _PIECE = 1 << 18
 
 def _prepare(pred: Tensor, target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     """Check the arguments; return the logits, where the foreground is and which pixels are valid, all ``(N,)``."""
-    KORNIA_CHECK_SHAPE(pred, ["B", "1", "H", "W"])
-    KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
-    if not (pred.shape[0] == target.shape[0] and pred.shape[-2:] == target.shape[-2:]):
-        raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
-    if not pred.device == target.device:
-        raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
+    _check_pair(pred, target)
     logits = pred.detach().flatten().to(torch.promote_types(pred.dtype, torch.float32))
-    # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
-    labels = target.flatten() if target.is_floating_point() else target.flatten().to(torch.int64)
-    labels, valid = mask_labels(labels, 2, ignore_index)
-    if valid is not None or ignore_index is None:  # otherwise mask_labels has seen that all are 0 and 1
-        _check_binary(labels, ignore_index)
+    labels, valid = _binary_labels(target.detach().flatten(), ignore_index)
     return logits, labels == 1, valid
 
 
