@@ -48,7 +48,7 @@ _MIN_DIGITS = 1 << 15
 # Errors ranked at a time in the dense form, unless one row is longer: the temporaries take some 40 bytes for each.
 _SLAB = 1 << 22
 # Sorting takes some 40 bytes for each error, so the hinge loss sorts the errors of a group in parts.
-_MAX_PARTS, _MIN_PART = 8, 1 << 16
+_MAX_PARTS, _MIN_PART = 12, 1 << 16
 # Pixels whose weights are computed at a time in the sparse form.
 _PIECE = 1 << 16
 # The tables of more bins would outgrow the images.
@@ -437,10 +437,10 @@ def _rank_sparse(
     return weights
 
 
-def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, num_bins: int) -> Tensor:
-    """Weights of a vector of errors by bins."""
+def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, total: Tensor) -> Tensor:
+    """Weights of a vector of errors by bins; ``total`` as above."""
     row = errors.view(1, 1, -1), foreground.view(1, 1, -1)
-    return rank_by_bins(*row, num_bins, per_image=True, slab=_PIECE)[0].view(-1)
+    return rank_by_bins(*row, num_bins, per_image=True, slab=_PIECE, total=total.view(1))[0].view(-1)
 
 
 def _pixels(mask: Tensor) -> Tensor:
@@ -488,7 +488,9 @@ def _hinge_rows(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor
 
 def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
     """The sum of ``weight * error`` along the last dimension, on the CPU."""
-    losses = (errors * weights).sum(-1)
+    # A piece at a time, the products stay in the cache.
+    parts = [(e * w).sum(-1) for e, w in zip(errors.split(_PIECE, -1), weights.split(_PIECE, -1))]
+    losses = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     if losses.isnan().any():  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
         losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
     return losses
@@ -507,11 +509,21 @@ def _hinge_group_by_bins(
     errors = buffer.copy_(labels).mul_(-2.0).add_(1.0).mul_(logits).add_(1.0).relu_()
     if valid is not None:
         errors.masked_fill_(~valid, 0.0)
-    weights = _rank_sparse_by_bins(errors, labels == 1, num_bins)
+    foreground = labels == 1
+    wrong = (errors <= 0).logical_not_()  # a nan must not be dropped
+    # Few are gathered; of many, that would cost more than ranking all.
+    pixels = _pixels(wrong) if 4 * int(wrong.count_nonzero()) < len(errors) else None
+    total = foreground.count_nonzero()
+    if pixels is not None:
+        errors, foreground = errors.index_select(0, pixels), foreground.index_select(0, pixels)
+    weights = _rank_sparse_by_bins(errors, foreground, num_bins, total)
     loss = _weighted_sum(errors, weights).item()
     if with_gradient:
-        weights.masked_fill_(errors <= 0, 0.0)
-        buffer.copy_(labels).mul_(-2.0 / divisor).add_(1.0 / divisor).mul_(weights)
+        gradient = errors.copy_(foreground).mul_(-2.0 / divisor).add_(1.0 / divisor).mul_(weights)
+        if pixels is None:  # it is in the buffer
+            gradient.masked_fill_(~wrong, 0.0)
+        else:
+            buffer.zero_().index_copy_(0, pixels, gradient)
     return loss / divisor
 
 
@@ -673,7 +685,8 @@ def _softmax_group(
         if num_bins is None:
             weights = _rank_sparse(errors, lambda indices, count=count: indices >= count, count)
         else:
-            weights = _rank_sparse_by_bins(errors, torch.arange(len(errors)) < count, num_bins)
+            foreground = torch.arange(len(errors)) < count
+            weights = _rank_sparse_by_bins(errors, foreground, num_bins, torch.tensor(count))
         weights.mul_(factor)
         sizes = [len(found) for found in (*missed, *wrong)]
         weights_of, parts_of = weights.split(sizes), errors.mul_(weights).split(sizes)

@@ -47,6 +47,7 @@ def rank_by_bins(
     per_image: bool,
     group: Optional[torch.distributed.ProcessGroup] = None,
     slab: Optional[int] = None,
+    total: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """Weights of the errors ``(B, M, N)``, ranked in M rows for each image or for the whole batch.
 
@@ -60,21 +61,24 @@ def rank_by_bins(
         per_image: whether each image has rows of its own; otherwise the images share them.
         group: the processes whose batches are one batch, or None.
         slab: how many errors to count at a time, which takes some 40 bytes for each. None: all.
+        total: the foreground size of each row, int64 ``(R,)``, if errors of 0 have been left out; otherwise counted.
 
     Returns:
         the weights ``(B, M, N)``, and the foreground size of each row in all processes, int64 ``(R,)``.
     """
     batch, per_batch, count = errors.shape
+    if total is None:
+        total = foreground.sum(-1).flatten() if per_image else foreground.sum((0, 2))
     if errors.numel() == 0 and group is None:
-        return torch.zeros_like(errors), foreground.sum(-1).flatten() if per_image else foreground.sum((0, 2))
+        return torch.zeros_like(errors), total
     if count == 0:  # without a pixel, this process still takes part
         pixel = torch.nn.functional.pad
-        weights, total = rank_by_bins(pixel(errors, (0, 1)), pixel(foreground, (0, 1)), num_bins, per_image, group)
+        one = pixel(errors, (0, 1)), pixel(foreground, (0, 1))
+        weights, total = rank_by_bins(*one, num_bins, per_image, group, total=total)
         return weights[..., :0], total
     num_rows = batch * per_batch if per_image else per_batch
     row_of = torch.arange(num_rows, device=errors.device)
     row_of = row_of.view(batch if per_image else 1, per_batch, 1).expand(batch, -1, -1)
-    total = foreground.sum(-1).flatten() if per_image else foreground.sum((0, 2))
     largest, is_owner = _largest(errors, per_image, group)
     scale, row_cells = largest[row_of], (row_of * _COLUMNS).to(torch.int32)
     # In each half of a row, the column behind the bins is of errors without a cell.
@@ -83,12 +87,12 @@ def rank_by_bins(
     length = count if slab is None else max(1, slab // max(1, batch * per_batch))
     parts = [slice(start, start + length) for start in range(0, count, length)]
 
-    def over_parts(step: Callable[[slice], Tensor], result: Optional[Tensor] = None) -> Tensor:
-        """What ``step`` makes of all pixels, a part of them at a time, in place of ``result``."""
+    def over_parts(step: Callable[[slice], Tensor], dtype: torch.dtype, over: Optional[Tensor] = None) -> Tensor:
+        """What ``step`` makes of all pixels, a part of them at a time, written over a tensor if that is as wide."""
         if len(parts) == 1:
             return step(slice(None))
-        if result is None:
-            result = torch.empty_like(errors, dtype=torch.int32)
+        fits = over is not None and over.element_size() == dtype.itemsize
+        result = over.view(dtype) if fits else torch.empty_like(errors, dtype=dtype)
         for part in parts:
             result[..., part] = step(part)
         return result
@@ -112,7 +116,7 @@ def rank_by_bins(
         depth = _ONE - bits.clamp(_ONE - (_CELLS << _CELL_BITS), _ONE)
         return depth + (foreground[..., part].to(torch.int32) << _FLAG_BIT)
 
-    keys = over_parts(keys_in)
+    keys = over_parts(keys_in, torch.int32)
     cells, total = summed_counts(lambda part: (keys[..., part] >> _CELL_BITS) + row_cells, _COLUMNS, total)
     background, foreground_cells = cells.view(num_rows, 2, -1)[..., :_CELLS].unbind(1)
     starts, slopes = _assign(foreground_cells, background, total, num_bins)
@@ -124,11 +128,17 @@ def rank_by_bins(
         slot = (starts.index_select(0, cell) + within * slopes.index_select(0, cell)).to(torch.int32)
         return slot.view(key.shape) + row_slots
 
-    slots = over_parts(slots_in, keys)
+    slots = over_parts(slots_in, torch.int32, keys)
     bins, _ = summed_counts(lambda part: slots[..., part], columns, total)
     background, foreground_bins = bins.view(num_rows, 2, -1)[..., :-1].unbind(1)
     table = torch.nn.functional.pad(_weights(foreground_bins, background, total), (0, 1)).to(errors.dtype)
-    weights = table.flatten().index_select(0, slots.flatten()).view(errors.shape)
+    table = table.flatten()
+
+    def weights_in(part: slice) -> Tensor:
+        slot = slots[..., part]
+        return table.index_select(0, slot.flatten()).view(slot.shape)
+
+    weights = over_parts(weights_in, errors.dtype, slots)
     # Of an absent class, the largest error alone counts.
     alone = (is_owner & (total == 0)[row_of]).to(errors.dtype)
     return weights.scatter_add_(-1, errors.argmax(-1, keepdim=True), alone), total
