@@ -211,8 +211,11 @@ class TestLovaszBins(BaseTester):
     @sparse_only
     @pytest.mark.parametrize("per_image", [True, False])
     @pytest.mark.parametrize("num_bins", [3, 200])
-    def test_feature_forms_agree(self, loss, per_image, num_bins, device, monkeypatch):
+    @pytest.mark.parametrize("learnt", [0.0, 3.0])  # with 3, few pixels are wrong, which the hinge loss gathers
+    def test_feature_forms_agree(self, loss, per_image, num_bins, learnt, device, monkeypatch):
         pred, target = make_inputs(loss, device, torch.float32, (3, 40, 50))
+        true = 2.0 * target.unsqueeze(1) - 1.0
+        pred += learnt * (true if pred.shape[1] == 1 else torch.zeros_like(pred).scatter_(1, target.unsqueeze(1), 1.0))
         target[1, :20] = -100
         value, grad = value_and_grad(loss, pred, target, num_bins=num_bins, per_image=per_image)
         monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
