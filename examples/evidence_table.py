@@ -127,6 +127,26 @@ def difference(values: dict[str, dict[int, float]], arm: str, other: str) -> str
     return shown.replace("-", "\N{MINUS SIGN}")
 
 
+def summary_table(records: list[dict]) -> list[list[str]]:
+    """A heading and a row for every way of training that all tasks share: mean test IoU and its paired difference."""
+    measure = next(iter(MEASURES))
+    of_task = {
+        task: {NAMES[arm]: (values, arm) for arm in values}
+        for task in tasks(records)
+        if (values := by_seed(records, task, measure))
+    }
+    shared = [name for name in dict.fromkeys(NAMES.values()) if all(name in arms for arms in of_task.values())]
+    lines = [["training", *of_task]]
+    for name in shared:
+        line = [name]
+        for arms in of_task.values():
+            values, arm = arms[name]
+            against = difference(values, arm, REFERENCE)
+            line.append(f"{np.mean(list(values[arm].values())):.1f}" + (f" ({against})" if against else ""))
+        lines.append(line)
+    return lines
+
+
 def contrast_table(records: list[dict]) -> list[list[str]]:
     """A heading and a row for every comparison that the runs were made for."""
     lines = [["task", "training", "against", *MEASURES.values()]]
@@ -241,6 +261,8 @@ def write_docs(folder: Path) -> None:
     (folder / "evidence.rst").write_text("\n".join(tables), encoding="utf-8")
     contrasts = rest(contrast_table(records), "Paired differences of test IoU, percentage points")
     (folder / "contrasts.rst").write_text(contrasts, encoding="utf-8")
+    summary = rest(summary_table(records), "Test IoU in percent, and its difference from cross-entropy alone")
+    (folder / "summary.rst").write_text(summary, encoding="utf-8")
     rates = rest(rate_table(read(SWEEP), records), "Search of the learning rates, on a seed that is not compared")
     (folder / "rates.rst").write_text(rates, encoding="utf-8")
     with SWITCH.open(newline="", encoding="utf-8") as file:

@@ -50,6 +50,18 @@ class TestInterval:
         assert lines[2][-1] == "\N{MINUS SIGN}2.0"
 
 
+class TestSummary:
+    def test_has_what_all_tasks_share(self):
+        runs = [record("ce", seed, 0.5) for seed in range(3)] + [record("lovasz-batch", 0, 0.52)]
+        runs += [record("ce", 0, 0.6, "all digits"), record("lovasz-present-batch", 0, 0.55, "all digits")]
+        runs += [record("ce>lovasz-all-batch", 0, 0.7, "all digits")]
+        assert evidence_table.summary_table(runs) == [
+            ["training", "looped digits", "all digits"],
+            ["cross-entropy", "50.0", "60.0"],
+            ["Lovász", "52.0 (+2.0)", "55.0 (\N{MINUS SIGN}5.0)"],
+        ]
+
+
 class TestRates:
     def search(self, best):
         """Run the search on a made-up curve with its peak at the given place of the ladder."""

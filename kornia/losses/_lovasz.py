@@ -22,6 +22,8 @@ There are two rankings, and :func:`_is_sparse` says which one runs:
 - *sparse* ranks only the pixels that can have a weight, and writes the gradient along with the loss, straight into
   the one buffer that backward hands out. It serves ordinary training on the CPU, where it costs about as much as
   cross-entropy. :class:`_Sparse` falls back on the dense form for second derivatives.
+
+Both sort, or hand the errors to ``_lovasz_bins.py``, which counts them, if ``num_bins`` is given.
 """
 
 from __future__ import annotations
