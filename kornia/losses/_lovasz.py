@@ -28,6 +28,7 @@ Both sort, or hand the errors to ``_lovasz_bins.py``, which counts them, if ``nu
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
@@ -43,8 +44,9 @@ Classes = Union[str, Sequence[int]]
 
 # With fewer logits of several classes, all are ranked densely: one large step is faster than one for each class.
 _MIN_SPARSE = 1 << 17
-# With fewer logits of one class, all are ranked too, in as few steps as can be.
-_MIN_HINGE = 1 << 13
+# The hinge loss of small images takes as few steps as can be: several at once, all of their pixels ranked. Float32
+# counts that many pixels exactly.
+_SMALL_IMAGE, _SMALL_IMAGES = 1 << 15, 1 << 17
 # PyTorch sorts shorter vectors of integers by comparison, which costs more than padding one of a fifth of this length.
 _MIN_DIGITS = 1 << 15
 # Errors ranked at a time in the dense form, unless one row is longer: the temporaries take some 40 bytes for each.
@@ -85,6 +87,10 @@ class Options(NamedTuple):
         """What the mean over the groups divides by: their number, and 1 for an empty batch, whose loss is 0."""
         return max(1, batch) if self.per_image and self.reduction == "mean" else 1
 
+    def reduce(self, losses: Tensor) -> Tensor:
+        """The reduced losses of the groups, which include the divisor."""
+        return losses if self.reduction == "none" else losses.sum()
+
 
 def mask_labels(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
     """Replace the labels to ignore by 0, and say where the others are: None if that is everywhere."""
@@ -100,7 +106,7 @@ def hinge_loss(logits: Tensor, labels: Tensor, valid: Optional[Tensor], options:
     """Lovász hinge loss (Yu and Blaschko 2015; Berman et al. 2018, section 2.2), reduced over the groups.
 
     Args:
-        logits: float32 or float64 ``(B, N)``.
+        logits: float32 or float64 ``(B, 1, H, W)``.
         labels: 0 and 1, of any dtype, ``(B, N)``; 0 where ``valid`` is False.
         valid: bool ``(B, N)``, False for the pixels to ignore, or None.
         options: how to group, reduce and rank.
@@ -151,12 +157,12 @@ def _reduced_losses(
     if options.group is not None or not _is_sparse(logits) or logits.numel() < least:
         losses = dense(*arguments, logits)
     elif torch.is_grad_enabled() and logits.requires_grad:
-        losses = _Sparse.apply(logits, partial(dense, *arguments), partial(sparse, *arguments))
+        return _Sparse.apply(logits, partial(dense, *arguments), partial(sparse, *arguments), options)
     else:
         losses = sparse(*arguments, logits, with_gradient=False)[0]
     if options.group is not None:
         losses = _GroupSum.apply(losses, options.group)
-    return losses if options.reduction == "none" else losses.sum()
+    return options.reduce(losses)
 
 
 class _GroupSum(torch.autograd.Function):
@@ -202,33 +208,36 @@ def _is_dual(tensor: Tensor) -> bool:
 
 
 class _Sparse(torch.autograd.Function):
-    """Losses ``(groups,)`` whose gradient is computed along with them."""
+    """Reduced losses whose gradient is computed along with them."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, dense: Callable[[Tensor], Tensor], sparse: Callable[..., Any]) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, dense: Callable[[Tensor], Tensor], sparse: Callable[..., Any], options: Options
+    ) -> Tensor:
         losses, ctx.gradient = sparse(logits, with_gradient=True)
-        ctx.dense, ctx.sparse = dense, sparse
+        ctx.dense, ctx.sparse, ctx.options = dense, sparse, options
         ctx.save_for_backward(logits)
-        return losses
+        return options.reduce(losses)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (grad_losses,) = grad_outputs
-        plain = not (torch._C._functorch.is_legacy_batchedtensor(grad_losses) or _is_dual(grad_losses))
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_loss,) = grad_outputs
+        plain = not (torch._C._functorch.is_legacy_batchedtensor(grad_loss) or _is_dual(grad_loss))
         if torch.is_grad_enabled() or not plain:  # a derivative of the gradient, or many gradients at once
             (logits,) = ctx.saved_tensors
             create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
-                losses = ctx.dense(logits)
-            return *torch.autograd.grad(losses, logits, grad_losses, create_graph=create_graph), None, None
+                loss = ctx.options.reduce(ctx.dense(logits))
+            return *torch.autograd.grad(loss, logits, grad_loss, create_graph=create_graph), None, None, None
         # The buffer is handed out, to be neither copied nor kept. It has to be filled again for a second backward.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             gradient = ctx.sparse(*ctx.saved_tensors, with_gradient=True)[1]
         # Most often this is 1, as the gradient includes the divisor of the mean.
-        if any(factor != 1.0 for factor in grad_losses.tolist()):
-            gradient.view(len(grad_losses), -1).mul_(grad_losses.unsqueeze(1))
-        return gradient, None, None
+        factors = grad_loss.view(-1)
+        if any(factor != 1.0 for factor in factors.tolist()):
+            gradient.view(len(factors), -1).mul_(factors.unsqueeze(1))
+        return gradient, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,19 +251,20 @@ def _sorted_weights(
     """Weights of pixels in the order of descending errors, along the last dimension.
 
     Args:
-        background: int32 ``(*, N)``, 1 for a background pixel and 0 for a foreground pixel.
+        background: ``(*, N)``, 1 for a background pixel and 0 for a foreground pixel, in a dtype that counts pixels:
+            int32, or that of the weights, which spares small inputs some conversions.
         dtype: of the weights.
         union_before: the foreground size ``G`` plus the background that ranks before these pixels. None: these are
             all there are.
         before: how many pixels rank before these.
     """
     count = background.shape[-1]
-    union = background.cumsum(-1, dtype=torch.int32)
+    union = background.cumsum(-1, dtype=background.dtype)
     union = union + (count - union[..., -1:] if union_before is None else union_before)
     # Of the union before this pixel, a foreground pixel keeps all and a background pixel the foreground not yet
     # passed, G - k: one expression in exact integers. Where that union is empty, this pixel makes the whole loss.
     previous = (union - 1).clamp(min=1)
-    kept = previous - background * torch.arange(before, before + count, dtype=torch.int32, device=background.device)
+    kept = previous - background * torch.arange(before, before + count, dtype=union.dtype, device=union.device)
     return kept.to(dtype) / previous / union
 
 
@@ -317,21 +327,22 @@ def _rank_dense(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
     return _rank_rows(errors, foreground)
 
 
-def _rank_rows(errors: Tensor, foreground: Tensor) -> Tensor:
-    """Weights of the errors ``(*, N)`` along the last dimension."""
+def _rank_rows(errors: Tensor, foreground: Tensor, counts: torch.dtype = torch.int32) -> Tensor:
+    """Weights of the errors ``(*, N)`` along the last dimension; pixels are counted in the dtype ``counts``."""
     order = _descending_order(errors)
-    background = (~foreground).to(torch.int32).gather(-1, order)
+    background = (~foreground).to(counts).gather(-1, order)
     return errors.scatter(-1, order, _sorted_weights(background, errors.dtype))
 
 
 def _rank_present(errors: Tensor, foreground: Tensor) -> Tensor:
     """The same for rows ``(R, N)``, only those with foreground sorted: of an absent class, the largest error counts."""
     present = foreground.any(1)
+    counts = errors.dtype if errors.shape[1] <= _SMALL_IMAGE else torch.int32
     if present.all():
-        return _rank_rows(errors, foreground)
+        return _rank_rows(errors, foreground, counts)
     weights = torch.zeros_like(errors).scatter_(1, errors.argmax(1, keepdim=True), 1.0)
     rows = _pixels(present)
-    return weights.index_copy_(0, rows, _rank_rows(errors[rows], foreground[rows]))
+    return weights.index_copy_(0, rows, _rank_rows(errors[rows], foreground[rows], counts))
 
 
 def _rank_dense_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, options: Options) -> tuple[Tensor, Tensor]:
@@ -341,6 +352,7 @@ def _rank_dense_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, optio
 
 
 def _hinge_dense(labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor) -> Tensor:
+    logits = logits.flatten(1)
     foreground = labels == 1
     # The error is 1 + margin. Ranking the margins spares it the rounding of the sum.
     margins = torch.where(foreground, -logits, logits)
@@ -452,13 +464,19 @@ def _pixels(mask: Tensor) -> Tensor:
 def _hinge_sparse(
     labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Losses of the groups and their gradient ``(B, N)``: only pixels with a positive error are ranked."""
-    shape = logits.shape if options.per_image else (1, logits.numel())
+    """Losses of the groups and their gradient: only pixels with a positive error are ranked."""
+    shape = labels.shape if options.per_image else (1, logits.numel())
     divisor = options.divisor(logits.shape[0])
     rows, labels = logits.reshape(shape), labels.reshape(shape)
     valid = None if valid is None else valid.reshape(shape)
-    if logits.numel() < _MIN_HINGE and options.num_bins is None:
-        losses, gradient = _hinge_rows(rows, labels, valid, divisor)
+    if shape[1] <= _SMALL_IMAGE and options.num_bins is None:
+        if logits.numel() <= _SMALL_IMAGES:
+            losses, gradient = _hinge_rows(rows, labels, valid, divisor)
+        else:
+            split = partial(torch.split, split_size_or_sections=_SMALL_IMAGES // shape[1])
+            masks = itertools.repeat(None) if valid is None else split(valid)
+            parts = [_hinge_rows(*part, divisor) for part in zip(split(rows), split(labels), masks)]
+            losses, gradient = (torch.cat(of_parts) for of_parts in zip(*parts))
         return losses, gradient.view_as(logits) if with_gradient else None
     # Without a gradient, the groups share one buffer.
     buffer = torch.empty(shape if with_gradient else (1, shape[1]), dtype=logits.dtype)
@@ -477,23 +495,26 @@ def _hinge_sparse(
 
 
 def _hinge_rows(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
-    """Losses ``(R,)`` of a few pixels and their gradient ``(R, N)``, in as few steps as can be."""
+    """Losses ``(R,)`` of small groups and their gradient ``(R, N)``, in as few steps as can be."""
     foreground = labels == 1
     margins = torch.where(foreground, -logits, logits)
     if valid is not None:
         margins.masked_fill_(~valid, float("-inf"))
-    weights = _rank_rows(margins, foreground).div_(divisor)
+    weights = _rank_rows(margins, foreground, margins.dtype).div_(divisor)
     errors = (margins + 1.0).relu_()
     losses = _weighted_sum(errors, weights)
-    return losses, torch.where(foreground, -weights, weights).masked_fill_(margins <= -1.0, 0.0)
+    return losses, torch.where(foreground, -weights, weights).mul_(errors.sign_())
 
 
 def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
     """The sum of ``weight * error`` along the last dimension, on the CPU."""
-    # A piece at a time, the products stay in the cache.
-    parts = [(e * w).sum(-1) for e, w in zip(errors.split(_PIECE, -1), weights.split(_PIECE, -1))]
-    losses = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    if losses.isnan().any():  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
+    if errors.shape[-1] > _PIECE:  # the products of a piece stay in the cache
+        pieces = zip(errors.split(_PIECE, -1), weights.split(_PIECE, -1))
+        return torch.stack([_weighted_sum(*piece) for piece in pieces]).sum(0)
+    losses = (errors * weights).sum(-1)
+    if math.isnan(
+        sum(losses.view(-1).tolist())
+    ):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
         losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
     return losses
 

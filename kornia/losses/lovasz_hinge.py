@@ -132,7 +132,7 @@ def lovasz_hinge_loss(
     options = Options(per_image, reduction, num_bins, group)
     options.check()
 
-    logits = pred.to(torch.promote_types(pred.dtype, torch.float32)).flatten(1)
+    logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
     labels, valid = _binary_labels(target.flatten(1), ignore_index)
     loss = hinge_loss(logits, labels, valid, options)
     return loss.to(pred.dtype) if pred.is_floating_point() else loss

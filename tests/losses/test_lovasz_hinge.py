@@ -78,11 +78,11 @@ def make_distinct(device, dtype, height=3, width=5, seed=0):
     return pred.reshape(1, 1, height, width).to(device, dtype), target.reshape(1, height, width).to(device)
 
 
-@pytest.fixture(autouse=True, params=["dense", "sparse", "few"])
+@pytest.fixture(autouse=True, params=["dense", "sparse", "small"])
 def ranking(request, monkeypatch):
-    """Every test runs with both rankings, whatever the size of its inputs, and with the short way for few pixels."""
-    if request.param != "few":
-        monkeypatch.setattr("kornia.losses._lovasz._MIN_HINGE", 0)
+    """Every test runs with both rankings, whatever the size of its inputs, and with the short way for small images."""
+    monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGE", 130 if request.param == "small" else 0)
+    monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGES", 130)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
     monkeypatch.setattr("kornia.losses._lovasz._SLAB", 500)

@@ -57,10 +57,11 @@ def make_inputs(device, dtype, shape=(3, 4, 5, 6), seed=0, labels=None):
     return pred.to(device, dtype), target.to(device)
 
 
-@pytest.fixture(autouse=True, params=["dense", "sparse"])
+@pytest.fixture(autouse=True, params=["dense", "sparse", "few"])
 def ranking(request, monkeypatch):
-    """Every test runs with both rankings, whatever the size of its inputs."""
-    monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
+    """Every test runs with both rankings, whatever the size of its inputs, and with the way of few logits."""
+    if request.param != "few":
+        monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
     monkeypatch.setattr("kornia.losses._lovasz._SLAB", 500)
     if request.param == "dense":
