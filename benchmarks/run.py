@@ -81,6 +81,9 @@ def spread(ratios: list[float], digits: int) -> str:
 
 def measure_memory(kind: str, shape: tuple[int, ...], stage: str, device: torch.device) -> dict[str, float]:
     """Extra memory at the peak of forward and backward, in multiples of the logits; each in a process of its own."""
+    # Large blocks then go back to the system as soon as they are freed: what counts is the memory in use, not the
+    # gaps that the allocator leaves, which change from run to run.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     return {
         name: float(
             subprocess.run(
@@ -88,6 +91,7 @@ def measure_memory(kind: str, shape: tuple[int, ...], stage: str, device: torch.
                 check=True,
                 capture_output=True,
                 text=True,
+                env=environment,
             ).stdout.split()[-1]
         )
         for name in implementations(kind)
@@ -97,7 +101,7 @@ def measure_memory(kind: str, shape: tuple[int, ...], stage: str, device: torch.
 def peak(kind: str, shape: tuple[int, ...], stage: str, name: str, device: torch.device) -> float:
     """The extra memory of one implementation, in this process."""
     loss = implementations(kind)[name]
-    small, labels = scene(kind, (1, shape[1], 64, 64), stage, device)
+    small, labels = scene(kind, (1, shape[1], 256, 256), stage, device)
     loss(small, labels).backward()  # libraries and thread pools are not the loss's
     pred, target = scene(kind, shape, stage, device)
     size = pred.numel() * pred.element_size()

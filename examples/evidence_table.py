@@ -50,6 +50,7 @@ CONTRASTS = {
         ("ce>lovasz-present-batch", "dice"),
         ("ce>lovasz-present-batch", "ce>ce"),
         ("ce>lovasz-present-batch", "lovasz-present-batch"),
+        ("lovasz-present-batch", "dice"),
         ("ce>lovasz-present-batch", "ce>lovasz-present-image"),
         ("ce>lovasz-present-batch", "ce>lovasz-all-batch"),
         ("ce>lovasz-present-image", "ce>lovasz-all-image"),

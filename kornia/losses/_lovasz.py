@@ -52,7 +52,7 @@ _MIN_DIGITS = 1 << 15
 # Errors ranked at a time in the dense form, unless one row is longer: the temporaries take some 40 bytes for each.
 _SLAB = 1 << 22
 # Sorting takes some 40 bytes for each error, so the hinge loss sorts the errors of a group in parts.
-_MAX_PARTS, _MIN_PART = 12, 1 << 16
+_MAX_PARTS, _MIN_PART = 8, 1 << 17
 # Pixels whose weights are computed at a time in the sparse form.
 _PIECE = 1 << 16
 # The tables of more bins would outgrow the images.
