@@ -151,7 +151,9 @@ class TestCommitted:
 
     def test_runs_are_those_of_the_comparison_and_each_is_there_once(self):
         found = [(run["task"], run["arm"], run["seed"]) for run in evidence.read(evidence_table.RUNS)]
-        expected = [(task, arm, seed) for task in evidence.TASKS for arm in evidence.ARMS[task] for seed in evidence.SEEDS]
+        expected = [
+            (task, arm, seed) for task in evidence.TASKS for arm in evidence.ARMS[task] for seed in evidence.SEEDS
+        ]
         assert sorted(found) == sorted(expected)
         assert len(evidence.SEEDS) >= 5
 
