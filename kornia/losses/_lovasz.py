@@ -469,13 +469,13 @@ def _hinge_sparse(
     divisor = options.divisor(logits.shape[0])
     rows, labels = logits.reshape(shape), labels.reshape(shape)
     valid = None if valid is None else valid.reshape(shape)
-    if shape[1] <= _SMALL_IMAGE and options.num_bins is None:
+    if shape[1] <= _SMALL_IMAGE:
         if logits.numel() <= _SMALL_IMAGES:
-            losses, gradient = _hinge_rows(rows, labels, valid, divisor)
+            losses, gradient = _hinge_rows(rows, labels, valid, divisor, options.num_bins)
         else:
             split = partial(torch.split, split_size_or_sections=_SMALL_IMAGES // shape[1])
             masks = itertools.repeat(None) if valid is None else split(valid)
-            parts = [_hinge_rows(*part, divisor) for part in zip(split(rows), split(labels), masks)]
+            parts = [_hinge_rows(*part, divisor, options.num_bins) for part in zip(split(rows), split(labels), masks)]
             losses, gradient = (torch.cat(of_parts) for of_parts in zip(*parts))
         return losses, gradient.view_as(logits) if with_gradient else None
     # Without a gradient, the groups share one buffer.
@@ -494,14 +494,20 @@ def _hinge_sparse(
     return losses, buffer.view_as(logits) if with_gradient else None
 
 
-def _hinge_rows(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int) -> tuple[Tensor, Tensor]:
+def _hinge_rows(
+    logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int, num_bins: Optional[int]
+) -> tuple[Tensor, Tensor]:
     """Losses ``(R,)`` of small groups and their gradient ``(R, N)``, in as few steps as can be."""
     foreground = labels == 1
     margins = torch.where(foreground, -logits, logits)
     if valid is not None:
         margins.masked_fill_(~valid, float("-inf"))
-    weights = _rank_rows(margins, foreground, margins.dtype).div_(divisor)
     errors = (margins + 1.0).relu_()
+    if num_bins is None:
+        weights = _rank_rows(margins, foreground, margins.dtype)
+    else:
+        weights = rank_by_bins(errors[None], foreground[None], num_bins, per_image=True, slab=_PIECE)[0][0]
+    weights.div_(divisor)
     losses = _weighted_sum(errors, weights)
     return losses, torch.where(foreground, -weights, weights).mul_(errors.sign_())
 

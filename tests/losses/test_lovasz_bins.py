@@ -54,9 +54,11 @@ def mean_of_two_orders(total: int, alarms: int) -> tuple[Fraction, Fraction]:
     return foreground, background
 
 
-@pytest.fixture(autouse=True, params=["dense", "sparse"])
+@pytest.fixture(autouse=True, params=["dense", "sparse", "small"])
 def ranking(request, monkeypatch):
-    """Every test runs with both forms, whatever the size of its inputs."""
+    """Every test runs with both forms, whatever the size of its inputs, and with the short way for small images."""
+    monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGE", 1000 if request.param == "small" else 0)
+    monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGES", 1000)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._SLAB", 1000)
     monkeypatch.setattr("kornia.losses._lovasz._PIECE", 100)
