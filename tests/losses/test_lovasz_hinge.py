@@ -81,6 +81,7 @@ def make_distinct(device, dtype, height=3, width=5, seed=0):
 @pytest.fixture(autouse=True, params=["dense", "sparse", "small"])
 def ranking(request, monkeypatch):
     """Every test runs with both rankings, whatever the size of its inputs, and with the short way for small images."""
+    torch.manual_seed(0)
     monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGE", 130 if request.param == "small" else 0)
     monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGES", 130)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
