@@ -88,6 +88,11 @@ def by_seed(records: list[dict], task: str, measure: str) -> dict[str, dict[int,
     return {arm: found[arm] for arm in NAMES if arm in found}
 
 
+def average(of_arm: dict[int, float]) -> str:
+    """The mean over the seeds, for people."""
+    return f"{np.mean(list(of_arm.values())):.1f}"
+
+
 def paired(values: dict[str, dict[int, float]], arm: str, other: str) -> np.ndarray:
     """The difference between two arms on each of the seeds that both have."""
     seeds = sorted(set(values[arm]) & set(values[other]))
@@ -110,7 +115,7 @@ def table(records: list[dict], task: str) -> list[list[str]]:
     for arm, of_arm in next(iter(columns.values())).items():
         line = [NAMES[arm], str(len(of_arm))]
         for values in columns.values():
-            line += [f"{np.mean(list(values[arm].values())):.1f}", difference(values, arm, REFERENCE)]
+            line += [average(values[arm]), difference(values, arm, REFERENCE)]
         lines.append(line)
     return lines
 
@@ -143,7 +148,7 @@ def summary_table(records: list[dict]) -> list[list[str]]:
         for arms in of_task.values():
             values, arm = arms[name]
             against = difference(values, arm, REFERENCE)
-            line.append(f"{np.mean(list(values[arm].values())):.1f}" + (f" ({against})" if against else ""))
+            line.append(average(values[arm]) + (f" ({against})" if against else ""))
         lines.append(line)
     return lines
 
@@ -224,7 +229,7 @@ def draw(records: list[dict], path: Path) -> None:
         axis.set(yticks=range(len(arms)), yticklabels=[NAMES[arm] for arm in arms], ylim=(len(arms) - 0.5, -0.5))
         at = "" if task == "all digits" else f", {MEASURES[measure]}"
         axis.set_title(
-            f"{task}{at}: cross-entropy alone has {np.mean(list(values[REFERENCE].values())):.1f} %",
+            f"{task}{at}: cross-entropy alone has {average(values[REFERENCE])} %",
             fontsize=10,
             loc="left",
         )

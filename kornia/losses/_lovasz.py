@@ -451,10 +451,10 @@ def _rank_sparse(
     return weights
 
 
-def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, total: Tensor) -> Tensor:
-    """Weights of a vector of errors by bins; ``total`` as above."""
-    row = errors.view(1, 1, -1), foreground.view(1, 1, -1)
-    return rank_by_bins(*row, num_bins, per_image=True, slab=_PIECE, total=total.view(1))[0].view(-1)
+def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, total: Optional[Tensor] = None) -> Tensor:
+    """Weights of rows of errors ``(R, N)`` or of a vector by bins; ``total`` as in :func:`rank_by_bins`."""
+    rows = torch.atleast_2d(errors)[None], torch.atleast_2d(foreground)[None]
+    return rank_by_bins(*rows, num_bins, per_image=True, slab=_PIECE, total=total)[0].view_as(errors)
 
 
 def _pixels(mask: Tensor) -> Tensor:
@@ -506,7 +506,7 @@ def _hinge_rows(
     if num_bins is None:
         weights = _rank_rows(margins, foreground, margins.dtype)
     else:
-        weights = rank_by_bins(errors[None], foreground[None], num_bins, per_image=True, slab=_PIECE)[0][0]
+        weights = _rank_sparse_by_bins(errors, foreground, num_bins)
     weights.div_(divisor)
     losses = _weighted_sum(errors, weights)
     return losses, torch.where(foreground, -weights, weights).mul_(errors.sign_())
@@ -518,9 +518,8 @@ def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
         pieces = zip(errors.split(_PIECE, -1), weights.split(_PIECE, -1))
         return torch.stack([_weighted_sum(*piece) for piece in pieces]).sum(0)
     losses = (errors * weights).sum(-1)
-    if math.isnan(
-        sum(losses.view(-1).tolist())
-    ):  # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
+    if math.isnan(sum(losses.view(-1).tolist())):
+        # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
         losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
     return losses
 
@@ -542,7 +541,7 @@ def _hinge_group_by_bins(
     wrong = (errors <= 0).logical_not_()  # a nan must not be dropped
     # Few are gathered; of many, that would cost more than ranking all.
     pixels = _pixels(wrong) if 4 * int(wrong.count_nonzero()) < len(errors) else None
-    total = foreground.count_nonzero()
+    total = foreground.count_nonzero().view(1)
     if pixels is not None:
         errors, foreground = errors.index_select(0, pixels), foreground.index_select(0, pixels)
     weights = _rank_sparse_by_bins(errors, foreground, num_bins, total)
@@ -715,7 +714,7 @@ def _softmax_group(
             weights = _rank_sparse(errors, lambda indices, count=count: indices >= count, count)
         else:
             foreground = torch.arange(len(errors)) < count
-            weights = _rank_sparse_by_bins(errors, foreground, num_bins, torch.tensor(count))
+            weights = _rank_sparse_by_bins(errors, foreground, num_bins, torch.tensor([count]))
         weights.mul_(factor)
         sizes = [len(found) for found in (*missed, *wrong)]
         weights_of, parts_of = weights.split(sizes), errors.mul_(weights).split(sizes)
