@@ -31,11 +31,12 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
-from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ._lovasz_bins import rank_by_bins
 from ._utils import mask_ignore_pixels
@@ -43,7 +44,7 @@ from ._utils import mask_ignore_pixels
 Classes = Union[str, Sequence[int]]
 
 # With fewer logits of several classes, all are ranked densely: one large step is faster than one for each class.
-_MIN_SPARSE = 1 << 17
+_MIN_SPARSE = 1 << 18
 # The hinge loss of small images takes as few steps as can be: several at once, all of their pixels ranked. Float32
 # counts that many pixels exactly.
 _SMALL_IMAGE, _SMALL_IMAGES = 1 << 15, 1 << 17
@@ -306,49 +307,56 @@ def _order_by_digits(keys: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rank_dense(errors: Tensor, foreground: Tensor, per_image: bool) -> Tensor:
-    """Weights of the errors ``(B, *, N)``, ranked within each image or within the whole batch.
+def _rank_dense(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Weights of the errors ``(B, M, N)``, ranked within each image or within the whole batch.
 
-    Pixels to ignore must be background with an error below every valid one. They then rank last, where the weight of
-    a background pixel is 0, unless there is no valid pixel at all.
+    Pixels to ignore must be background with an error below every valid one, or without one if ranked by bins. They
+    then rank last, where the weight of a background pixel is 0, unless there is no valid pixel at all.
+
+    Returns:
+        the weights ``(B, M, N)``, and which rows have foreground, bool ``(B, M)`` or ``(1, M)``.
     """
-    if not per_image:
-        by_pixel = errors.movedim(0, -2)
-        weights = _rank_dense(by_pixel.flatten(-2), foreground.movedim(0, -2).flatten(-2), True)
-        return weights.reshape(by_pixel.shape).movedim(-2, 0)
-    if errors.numel() > max(_SLAB, errors.shape[-1]) and _is_eager(errors):
+    batch, per_batch, count = errors.shape
+    rank = _rank_present if _is_sparse(errors) and options.group is None else _rank
+    if options.per_image:
+        weights, present = rank(errors.flatten(0, 1), foreground.flatten(0, 1), options)
+        return weights.view(batch, per_batch, count), present.view(batch, per_batch)
+    weights, present = rank(errors.transpose(0, 1).flatten(1), foreground.transpose(0, 1).flatten(1), options)
+    return weights.view(per_batch, batch, count).transpose(0, 1), present.unsqueeze(0)
+
+
+def _rank(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The same for rows ``(R, N)``."""
+    eager = _is_eager(errors)
+    if options.num_bins is not None:
+        slab = _SLAB // 4 if eager else None
+        weights, total = rank_by_bins(errors, foreground, options.num_bins, options.group, slab)
+        return weights, total > 0
+    if eager and errors.numel() > max(_SLAB, errors.shape[1]):
         # Sorting takes several times the memory of what is sorted: a few rows at a time.
-        rows = max(1, _SLAB // errors.shape[-1])
-        slabs = zip(errors.flatten(0, -2).split(rows), foreground.flatten(0, -2).split(rows))
-        return torch.cat([_rank_dense(*slab, True) for slab in slabs]).view_as(errors)
-    if _is_sparse(errors):  # ranked densely all the same, being few
-        rows = (-1, errors.shape[-1])
-        return _rank_present(errors.reshape(rows), foreground.reshape(rows)).view_as(errors)
-    return _rank_rows(errors, foreground)
+        slabs = (tensor.split(max(1, _SLAB // errors.shape[1])) for tensor in (errors, foreground))
+        weights = torch.cat([_rank_rows(*slab) for slab in zip(*slabs)])
+    else:
+        weights = _rank_rows(errors, foreground)
+    return weights, foreground.any(1)
 
 
-def _rank_rows(errors: Tensor, foreground: Tensor, counts: torch.dtype = torch.int32) -> Tensor:
-    """Weights of the errors ``(*, N)`` along the last dimension; pixels are counted in the dtype ``counts``."""
-    order = _descending_order(errors)
-    background = (~foreground).to(counts).gather(-1, order)
-    return errors.scatter(-1, order, _sorted_weights(background, errors.dtype))
-
-
-def _rank_present(errors: Tensor, foreground: Tensor) -> Tensor:
-    """The same for rows ``(R, N)``, only those with foreground sorted: of an absent class, the largest error counts."""
+def _rank_present(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The same, only the rows with foreground ranked: of an absent class, the largest error counts."""
     present = foreground.any(1)
-    counts = errors.dtype if errors.shape[1] <= _SMALL_IMAGE else torch.int32
     if present.all():
-        return _rank_rows(errors, foreground, counts)
+        return _rank(errors, foreground, options)
     weights = torch.zeros_like(errors).scatter_(1, errors.argmax(1, keepdim=True), 1.0)
     rows = _pixels(present)
-    return weights.index_copy_(0, rows, _rank_rows(errors[rows], foreground[rows], counts))
+    return weights.index_copy_(0, rows, _rank(errors[rows], foreground[rows], options)[0]), present
 
 
-def _rank_dense_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, options: Options) -> tuple[Tensor, Tensor]:
-    """Weights of the errors ``(B, M, N)`` by bins, and the size of the foreground of each row."""
-    slab = _SLAB // 4 if errors.numel() > _SLAB // 4 and _is_eager(errors) else None
-    return rank_by_bins(errors, foreground, num_bins, options.per_image, options.group, slab=slab)
+def _rank_rows(errors: Tensor, foreground: Tensor) -> Tensor:
+    """Weights of rows of errors ``(R, N)`` by sorting."""
+    order = _descending_order(errors)
+    counts = errors.dtype if errors.shape[1] <= _SMALL_IMAGE else torch.int32
+    background = (~foreground).to(counts).gather(-1, order)
+    return errors.scatter(-1, order, _sorted_weights(background, errors.dtype))
 
 
 def _hinge_dense(labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor) -> Tensor:
@@ -361,11 +369,8 @@ def _hinge_dense(labels: Tensor, valid: Optional[Tensor], options: Options, logi
     if valid is not None:
         errors = errors.masked_fill(~valid, 0.0)
         margins = margins.masked_fill(~valid, float("-inf"))
-    if options.num_bins is None:
-        weights = _rank_dense(margins, foreground, options.per_image)
-    else:
-        rows = errors.detach().unsqueeze(1), foreground.unsqueeze(1)
-        weights = _rank_dense_by_bins(*rows, options.num_bins, options)[0].squeeze(1)
+    keys = margins if options.num_bins is None else errors.detach()
+    weights = _rank_dense(keys.unsqueeze(1), foreground.unsqueeze(1), options)[0].squeeze(1)
     # A weight of 0 leaves its pixel out; multiplied with an infinite error it would be nan.
     losses = (errors.masked_fill((weights == 0) & errors.isinf(), 0.0) * weights).sum(-1)
     return (losses if options.per_image else losses.sum(0, keepdim=True)) / options.divisor(logits.shape[0])
@@ -405,12 +410,7 @@ def _softmax_dense(
     errors = torch.where(foreground, others.sum(1, keepdim=True), others)
     if valid is not None:
         errors = errors.masked_fill(~valid, -1.0)
-    if options.num_bins is None:
-        weights = _rank_dense(errors, foreground, options.per_image)
-        present = foreground.any(-1) if options.per_image else foreground.any(-1).any(0, keepdim=True)
-    else:
-        weights, total = _rank_dense_by_bins(errors, foreground, options.num_bins, options)
-        present = (total > 0).unflatten(0, (-1, logits.shape[1]))
+    weights, present = _rank_dense(errors, foreground, options)
     del others, errors
 
     factors = _class_factors(classes, weight, present, options.divisor(logits.shape[0]), logits.dtype)
@@ -453,8 +453,8 @@ def _rank_sparse(
 
 def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, total: Optional[Tensor] = None) -> Tensor:
     """Weights of rows of errors ``(R, N)`` or of a vector by bins; ``total`` as in :func:`rank_by_bins`."""
-    rows = torch.atleast_2d(errors)[None], torch.atleast_2d(foreground)[None]
-    return rank_by_bins(*rows, num_bins, per_image=True, slab=_PIECE, total=total)[0].view_as(errors)
+    rows = torch.atleast_2d(errors), torch.atleast_2d(foreground)
+    return rank_by_bins(*rows, num_bins, slab=_PIECE, total=total)[0].view_as(errors)
 
 
 def _pixels(mask: Tensor) -> Tensor:
@@ -504,7 +504,7 @@ def _hinge_rows(
         margins.masked_fill_(~valid, float("-inf"))
     errors = (margins + 1.0).relu_()
     if num_bins is None:
-        weights = _rank_rows(margins, foreground, margins.dtype)
+        weights = _rank_rows(margins, foreground)
     else:
         weights = _rank_sparse_by_bins(errors, foreground, num_bins)
     weights.div_(divisor)
@@ -655,6 +655,41 @@ def _softmax_sparse(
     return losses, buffer if with_gradient else None
 
 
+class _Candidates(NamedTuple):
+    """The pixels of a group that can have a weight in a class."""
+
+    c: int
+    count: int  # of its foreground
+    missed: Sequence[Tensor]  # its foreground in each image
+    wrong: Sequence[Tensor]  # background in each image
+    errors: Tensor  # of the missed, then of the wrong
+
+
+def _batches(classes: Iterable[_Candidates]) -> Iterator[Sequence[_Candidates]]:
+    """Classes to rank at once: as many as make up a piece, each padded to the longest."""
+    batch: list[_Candidates] = []
+    longest = 0
+    for candidates in classes:
+        longest = max(longest, len(candidates.errors))
+        if batch and (len(batch) + 1) * longest > _PIECE:
+            yield batch
+            batch, longest = [], len(candidates.errors)
+        batch.append(candidates)
+    if batch:
+        yield batch
+
+
+def _rank_candidates(batch: Sequence[_Candidates], num_bins: Optional[int]) -> Sequence[Tensor]:
+    """Weights of the candidates of each class."""
+    if num_bins is None and len(batch) == 1:
+        ((_, count, _, _, errors),) = batch
+        return [_rank_sparse(errors, lambda indices: indices >= count, count)]
+    rows = pad_sequence([candidates.errors for candidates in batch], batch_first=True, padding_value=-1.0)
+    foreground = torch.arange(rows.shape[1]) < torch.tensor([candidates.count for candidates in batch]).unsqueeze(1)
+    weights = _rank_rows(rows, foreground) if num_bins is None else _rank_sparse_by_bins(rows, foreground, num_bins)
+    return [row[: len(candidates.errors)] for row, candidates in zip(weights, batch)]
+
+
 def _softmax_group(
     logits: Tensor,
     pixels: Sequence[Sequence[Tensor]],
@@ -698,32 +733,30 @@ def _softmax_group(
     # share is sum(p * h), the part of the pixel in the loss. The gradient is p * (h - share). 0 * others is 0, or nan.
     share, lift = others * 0.0, torch.zeros_like(others)
     alarms: list[tuple[Tensor, Tensor, Tensor]] = []
-    for c, (count, factor) in enumerate(zip(counts, factors)):
-        if count == 0 or factor == 0:
-            continue
+
+    def candidates(c: int) -> _Candidates:
         missed = [of_image[c] for of_image in pixels]
         missed_errors = [errors.index_select(0, found) for errors, found in zip(others, missed)]
         # Where no foreground is left to pass, the weight of the background is 0.
         smallest = torch.cat(missed_errors).min()
-        if num_bins is not None:  # what shares its cell counts too
-            smallest = (0.93 * smallest).masked_fill(smallest < 2.0**-24, 0.0)
+        if num_bins is not None:  # what shares its bin counts too
+            smallest = 0.999 * smallest
         wrong = [_pixels(row > smallest) for row in rows[:, c]]
         wrong_errors = [row.index_select(0, found) for row, found in zip(rows[:, c], wrong)]
-        errors = torch.cat([*missed_errors, *wrong_errors])
-        if num_bins is None:
-            weights = _rank_sparse(errors, lambda indices, count=count: indices >= count, count)
-        else:
-            foreground = torch.arange(len(errors)) < count
-            weights = _rank_sparse_by_bins(errors, foreground, num_bins, torch.tensor([count]))
-        weights.mul_(factor)
-        sizes = [len(found) for found in (*missed, *wrong)]
-        weights_of, parts_of = weights.split(sizes), errors.mul_(weights).split(sizes)
-        for k, found in enumerate(missed):
-            lift[k].index_copy_(0, found, weights_of[k])
-        for k, (found, parts) in enumerate(zip((*missed, *wrong), parts_of)):
-            share[k % len(rows)].scatter_add_(0, found, parts)
-        if with_gradient:
-            alarms += zip(rows[:, c], [found.to(torch.int32) for found in wrong], parts_of[len(rows) :])
+        return _Candidates(c, counts[c], missed, wrong, torch.cat([*missed_errors, *wrong_errors]))
+
+    present = [c for c, (count, factor) in enumerate(zip(counts, factors)) if count != 0 and factor != 0]
+    for batch in _batches(map(candidates, present)):
+        for (c, _, missed, wrong, errors), weights in zip(batch, _rank_candidates(batch, num_bins)):
+            weights.mul_(factors[c])
+            sizes = [len(found) for found in (*missed, *wrong)]
+            weights_of, parts_of = weights.split(sizes), errors.mul_(weights).split(sizes)
+            for k, found in enumerate(missed):
+                lift[k].index_copy_(0, found, weights_of[k])
+            for k, (found, parts) in enumerate(zip((*missed, *wrong), parts_of)):
+                share[k % len(rows)].scatter_add_(0, found, parts)
+            if with_gradient:
+                alarms += zip(rows[:, c], [found.to(torch.int32) for found in wrong], parts_of[len(rows) :])
 
     absent = [c for c, (count, factor) in enumerate(zip(counts, factors)) if count == 0 and factor != 0]
     if absent:  # their largest probability alone counts: its line, then its place in the line

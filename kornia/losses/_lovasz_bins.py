@@ -13,210 +13,199 @@ one by no more than that growth times the width of the bin. The growth of all bi
 difference is at most the width of the widest bin. As the exact loss is the maximum over all orders, and the weights
 are a mean of two orders, the loss is never above the exact one.
 
-Errors are divided by the largest of their row, which brings them into [0, 1]. Of ``2 num_bins`` bins, half are spread
-evenly there: no bin is wider than ``largest / num_bins``. The other half go where they matter: a first count of the
-errors by their leading bits, in *cells*, shows where the union and the passed foreground, which the weights depend
-on, grow fastest. All of this is integer arithmetic. It does not depend on the run, and counts that are summed over
-processes give each process the same bins.
+The bins divide the errors between the smallest of the foreground and the largest of the background, where alone the
+order matters: the foreground above has the weight ``1 / G`` and the background below has none, both exactly. The edges
+are those of ``num_bins`` bins of equal width and, for errors close to the smallest, those of bins whose width is
+proportional to the distance from it. An error finds its bin by arithmetic, so that one pass over the errors counts
+them and another looks the weights up. The counts are integers, which do not depend on the run and can be summed over
+processes.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from functools import reduce
+from typing import Callable, Optional, Sequence
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-# The errors of a cell share an exponent and 4 bits of the mantissa. Those below 2^-25 of the largest have no cell.
-_CELLS = 400
-_CELL_BITS = 19
-_ONE = 0x3F800000  # the bits of 1.0
-# A key holds how far an error lies below the largest, in the order of float32 numbers, and a flag of the foreground.
-# Its leading bits number the cell, of which a row then has this many.
-_FLAG_BIT = 28
-_COLUMNS = 1 << (_FLAG_BIT - _CELL_BITS + 1)
-# The unit in which bins are assigned to cells is a part of 2^-10 of a bin.
-_PART_BITS = 10
+# From the smallest error to the largest, the width of the narrow bins doubles this many times.
+_OCTAVES = 24
+_MANTISSA_BITS = 23
+# Errors and their range are kept between these, so that neither the range nor its inverse overflows.
+_NARROWEST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
 
 
 def rank_by_bins(
     errors: Tensor,
     foreground: Tensor,
     num_bins: int,
-    per_image: bool,
     group: Optional[torch.distributed.ProcessGroup] = None,
     slab: Optional[int] = None,
     total: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights of the errors ``(B, M, N)``, ranked in M rows for each image or for the whole batch.
+    """Weights of rows of errors ``(R, N)``.
 
-    Pixels to ignore must be background without a positive error. An error that is not positive has the weight 0, but
-    for the largest of an absent class.
+    Pixels to ignore must be background without a positive error; the weight of such an error means nothing.
 
     Args:
         errors: float32 or float64.
-        foreground: bool ``(B, M, N)``.
-        num_bins: half the number of bins of a row.
-        per_image: whether each image has rows of its own; otherwise the images share them.
-        group: the processes whose batches are one batch, or None.
-        slab: how many errors to count at a time, which takes some 40 bytes for each. None: all.
-        total: the foreground size of each row, int64 ``(R,)``, if errors of 0 have been left out; otherwise counted.
+        foreground: bool ``(R, N)``.
+        num_bins: the number of bins of equal width in a row.
+        group: the processes whose rows are parts of one row, or None.
+        slab: how many errors to rank at a time, which takes some 40 bytes for each, where the values of a tensor may
+            decide what is computed. None: all, as they may not.
+        total: the foreground size of each row, int64 ``(R,)``, if foreground with an error of 0 has been left out, as
+            it can be without a group.
 
     Returns:
-        the weights ``(B, M, N)``, and the foreground size of each row in all processes, int64 ``(R,)``.
+        the weights ``(R, N)``, and the foreground size of each row in all processes, int64 ``(R,)``.
     """
-    batch, per_batch, count = errors.shape
-    if total is None:
-        total = foreground.sum(-1).flatten() if per_image else foreground.sum((0, 2))
+    rows, count = errors.shape
+    counted = foreground.sum(1)
     if errors.numel() == 0 and group is None:
-        return torch.zeros_like(errors), total
+        return torch.zeros_like(errors), counted if total is None else total
     if count == 0:  # without a pixel, this process still takes part
         pixel = torch.nn.functional.pad
-        one = pixel(errors, (0, 1)), pixel(foreground, (0, 1))
-        weights, total = rank_by_bins(*one, num_bins, per_image, group, total=total)
-        return weights[..., :0], total
-    num_rows = batch * per_batch if per_image else per_batch
-    row_of = torch.arange(num_rows, device=errors.device)
-    row_of = row_of.view(batch if per_image else 1, per_batch, 1).expand(batch, -1, -1)
-    largest, is_owner = _largest(errors, per_image, group)
-    scale, row_cells = largest[row_of], (row_of * _COLUMNS).to(torch.int32)
-    # In each half of a row, the column behind the bins is of errors without a cell.
-    columns = 2 * (2 * num_bins + 1)
-    row_slots = (row_of * columns).to(torch.int32)
-    length = count if slab is None else max(1, slab // max(1, batch * per_batch))
-    parts = [slice(start, start + length) for start in range(0, count, length)]
+        weights, total = rank_by_bins(pixel(errors, (0, 1)), pixel(foreground, (0, 1)), num_bins, group)
+        return weights[:, :0], total
+    is_local = slab is not None and errors.device.type == "cpu"  # where to consult a value costs nothing
+    is_whole = slab is None or errors.numel() <= slab
 
-    def over_parts(step: Callable[[slice], Tensor], dtype: torch.dtype, over: Optional[Tensor] = None) -> Tensor:
-        """What ``step`` makes of all pixels, a part of them at a time, written over a tensor if that is as wide."""
-        if len(parts) == 1:
-            return step(slice(None))
-        fits = over is not None and over.element_size() == dtype.itemsize
-        result = over.view(dtype) if fits else torch.empty_like(errors, dtype=dtype)
-        for part in parts:
-            result[..., part] = step(part)
-        return result
+    def split(tensor: Tensor) -> Sequence[Tensor]:
+        return (tensor,) if is_whole else tensor.split(max(1, slab // rows), 1)
 
-    def summed_counts(slots: Callable[[slice], Tensor], columns: int, extra: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in each slot, int64 ``(R, columns)``, and ``extra``; both summed over the processes."""
-        counts = extra.new_zeros(num_rows * columns)
-        for part in parts:
-            slot = slots(part).flatten()
-            if slab is not None and errors.device.type == "cpu":
-                counts += slot.bincount(minlength=len(counts))
-            else:
-                counts = counts.scatter_add(0, slot.long(), torch.ones_like(slot, dtype=torch.int64))
-        counts = torch.cat([counts, extra])
-        if group is not None:
-            torch.distributed.all_reduce(counts, group=group)
-        return counts[: -len(extra)].view(-1, columns), counts[-len(extra) :]
-
-    def keys_in(part: slice) -> Tensor:
-        bits = (errors[..., part] / scale).to(torch.float32).view(torch.int32)
-        depth = _ONE - bits.clamp(_ONE - (_CELLS << _CELL_BITS), _ONE)
-        return depth + (foreground[..., part].to(torch.int32) << _FLAG_BIT)
-
-    keys = over_parts(keys_in, torch.int32)
-    cells, total = summed_counts(lambda part: (keys[..., part] >> _CELL_BITS) + row_cells, _COLUMNS, total)
-    background, foreground_cells = cells.view(num_rows, 2, -1)[..., :_CELLS].unbind(1)
-    starts, slopes = _assign(foreground_cells, background, total, num_bins)
-
-    def slots_in(part: slice) -> Tensor:
-        key = keys[..., part]
-        cell = ((key >> _CELL_BITS) + row_cells).flatten()
-        within = (key & ((1 << _CELL_BITS) - 1)).to(torch.float32).flatten()
-        slot = (starts.index_select(0, cell) + within * slopes.index_select(0, cell)).to(torch.int32)
-        return slot.view(key.shape) + row_slots
-
-    slots = over_parts(slots_in, torch.int32, keys)
-    bins, _ = summed_counts(lambda part: slots[..., part], columns, total)
-    background, foreground_bins = bins.view(num_rows, 2, -1)[..., :-1].unbind(1)
-    table = torch.nn.functional.pad(_weights(foreground_bins, background, total), (0, 1)).to(errors.dtype)
-    table = table.flatten()
-
-    def weights_in(part: slice) -> Tensor:
-        slot = slots[..., part]
-        return table.index_select(0, slot.flatten()).view(slot.shape)
-
-    weights = over_parts(weights_in, errors.dtype, slots)
-    # Of an absent class, the largest error alone counts.
-    alone = (is_owner & (total == 0)[row_of]).to(errors.dtype)
-    return weights.scatter_add_(-1, errors.argmax(-1, keepdim=True), alone), total
-
-
-def _largest(errors: Tensor, per_image: bool, group: Optional[torch.distributed.ProcessGroup]) -> tuple[Tensor, Tensor]:
-    """The largest error of each row ``(R,)``, and whether it is in this image of this process ``(B, M, 1)``.
-
-    It is positive, finite and float32, whatever the errors are.
-    """
-    of_image = errors.amax(-1).to(torch.float32)
-    limits = torch.finfo(torch.float32)
-    if per_image:
-        return of_image.flatten().clamp(limits.tiny, limits.max), torch.ones_like(of_image, dtype=torch.bool)[..., None]
-    # Zeros in front stand for the images of a process that has none.
-    largest, image = torch.cat([of_image.new_zeros(1, of_image.shape[1]), of_image]).max(0)
-    largest = largest.clamp(limits.tiny, limits.max)
-    is_owner = image.unsqueeze(0) == torch.arange(1, len(errors) + 1, device=errors.device).unsqueeze(-1)
+    smallest, largest = _ranges(split(errors), split(foreground))
+    if total is None:
+        total = counted
+    else:
+        smallest = smallest.masked_fill((counted < total).unsqueeze(1), 0.0)
+    is_owner = None
     if group is not None:
-        # The order of positive numbers is the order of their bits. Of equal ones, the process of the lowest rank wins.
-        others = torch.distributed.get_world_size(group) - torch.distributed.get_rank(group)
-        own = (largest.view(torch.int32).to(torch.int64) << 32) + others
-        best = own.clone()
-        torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=group)
-        largest = (best >> 32).to(torch.int32).view(torch.float32)
-        is_owner = is_owner & (own == best)
-    return largest, is_owner.unsqueeze(-1)
+        smallest, largest, is_owner = _ranges_of_group(smallest, largest, group)
+    # The smallest itself must be above where the bins begin. There is one bin more, for rounding.
+    smallest = smallest * (1 - 2.0**-20)
+    scale = (num_bins + 0.5) / (largest - smallest).clamp(min=_NARROWEST)
+
+    # The slots of a row are those of its background, then those of its foreground.
+    num_slots = _num_slots(num_bins)
+    num_counts = rows * 2 * num_slots
+    starts = None
+    if rows > 1:
+        starts = torch.arange(0, num_counts, 2 * num_slots, dtype=torch.int32, device=errors.device).unsqueeze(1)
+
+    def slots_of(errors: Tensor, foreground: Tensor) -> Tensor:
+        slots = _slots((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots)
+        return slots if starts is None else slots + starts
+
+    def counts_of(slots: Tensor) -> Tensor:
+        slots = slots.flatten()
+        if is_local:
+            return slots.bincount(minlength=num_counts)
+        return total.new_zeros(num_counts).scatter_add(0, slots.long(), total.new_ones(()).expand_as(slots))
+
+    def in_parts(step: Callable[..., Tensor], *tensors: Tensor, over: Tensor) -> Tensor:
+        """What ``step`` makes of tensors, all at once or, written over a tensor, a part of the pixels at a time."""
+        if is_whole:
+            return step(*tensors)
+        for *part, result in zip(*map(split, (*tensors, over))):
+            result.copy_(step(*part))
+        return over
+
+    slots = in_parts(slots_of, errors, foreground, over=torch.empty_like(errors, dtype=torch.int32))
+    counts = reduce(torch.add, map(counts_of, split(slots)))
+    if group is not None:
+        counts = torch.cat([counts, total])
+        torch.distributed.all_reduce(counts, group=group)
+        counts, total = counts[:-rows], counts[-rows:]
+    table = _weights(counts.view(rows, 2, num_slots), total).to(errors.dtype).flatten()
+
+    def weights_of(slots: Tensor) -> Tensor:
+        return table.index_select(0, slots.flatten()).view(slots.shape)
+
+    fits = errors.element_size() == slots.element_size()
+    weights = in_parts(weights_of, slots, over=slots.view(errors.dtype) if fits else torch.empty_like(errors))
+    if not is_local or (total == 0).any():  # of an absent class, the largest error alone counts
+        alone = total == 0 if is_owner is None else (total == 0) & is_owner
+        weights = weights.scatter_add(1, errors.argmax(1, keepdim=True), alone.unsqueeze(1).to(weights.dtype))
+    return weights, total
 
 
-def _assign(foreground: Tensor, background: Tensor, total: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
-    """Assign bins to cells.
+def _ranges(errors: Sequence[Tensor], foreground: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The smallest error of the foreground and the largest of the background of each row, float32 ``(R, 1)``.
+
+    The largest finite number stands for what is larger, and for the smallest error of no foreground.
 
     Args:
-        foreground: the foreground pixels of each cell, int64 ``(R, _CELLS)``.
-        background: the background pixels of each cell.
-        total: the foreground size, int64 ``(R,)``.
-        num_bins: half the number of bins.
-
-    Returns:
-        the slot in the row at which each cell starts, and how many slots it has for a step of depth, float32
-        ``(R * _COLUMNS,)``.
+        errors: parts of the rows ``(R, *)``.
+        foreground: bool, the same parts.
     """
-    total = total.unsqueeze(-1)
-    passed = foreground.cumsum(-1)
-    union = (total + background.cumsum(-1)).clamp(min=1)
-    growth = torch.stack([(foreground << 20) // total.clamp(min=1), (background << 20) // union])
-    # Once all foreground is passed, the weights are 0.
-    growth = growth * (total > passed - foreground)
-    # The last parts stay free, for rounding.
-    budget = (num_bins << _PART_BITS) - _CELLS - (1 << _PART_BITS - 1)
-    parts = (growth * budget // (2 * growth.sum(-1, keepdim=True)).clamp(min=1)).sum(0)
-    # Each 16 cells share an exponent, and are half as wide as those before.
-    cell = torch.arange(_CELLS, device=parts.device)
-    width = torch.exp2(-(cell // 16 + 5).to(torch.float64))
-    parts = parts + (width * (num_bins << _PART_BITS)).ceil().to(torch.int64)
-    starts = (parts.cumsum(-1) - parts).to(torch.float64) * 2.0**-_PART_BITS
-    slopes = parts.to(torch.float64) * 2.0 ** -(_PART_BITS + _CELL_BITS)
-
-    # A row has one half for the background and one for the foreground.
-    rest = _COLUMNS // 2 - _CELLS
-    starts = torch.nn.functional.pad(starts, (0, rest), value=2 * num_bins).unsqueeze(1)
-    slopes = torch.nn.functional.pad(slopes, (0, rest)).unsqueeze(1).expand(-1, 2, -1)
-    half = torch.arange(2, device=parts.device).view(2, 1) * (2 * num_bins + 1)
-    return (starts + half).to(torch.float32).flatten(), slopes.to(torch.float32).flatten()
+    smallest, largest = [], []
+    for part, in_foreground in zip(errors, foreground):
+        bound = (~in_foreground).to(part.dtype) * _MOST  # cheaper than to select by a mask
+        smallest.append(part.maximum(bound).amin(1, keepdim=True))
+        largest.append(part.minimum(bound).amax(1, keepdim=True))
+    lowest, highest = reduce(torch.minimum, smallest), reduce(torch.maximum, largest)
+    return lowest.to(torch.float32).clamp(max=_MOST), highest.to(torch.float32)
 
 
-def _weights(foreground: Tensor, background: Tensor, total: Tensor) -> Tensor:
-    """Weights of the background and the foreground of each bin, float64 ``(R, 2, bins)``; see the top of this file.
+def _ranges_of_group(
+    smallest: Tensor, largest: Tensor, group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over the processes of a group, and whether the largest is in this process, bool ``(R,)``."""
+    # The order of positive numbers is the order of their bits. Of equal ones, the process of the lowest rank wins.
+    others = torch.distributed.get_world_size(group) - torch.distributed.get_rank(group)
+    own = (largest.view(torch.int32).to(torch.int64) << 32) + others
+    ends = torch.stack([own, -smallest.view(torch.int32).to(torch.int64)])
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=group)
+    smallest, largest = (end.to(torch.int32).view(torch.float32) for end in (-ends[1], ends[0] >> 32))
+    return smallest, largest, (own == ends[0]).squeeze(1)
+
+
+def _bits(number: int) -> int:
+    """The bits of a positive integer as a float32 number, whose order is the order of the numbers."""
+    exponent = number.bit_length() - 1
+    return (126 + exponent << _MANTISSA_BITS) + (number << _MANTISSA_BITS - exponent)
+
+
+def _narrow_bins(num_bins: int) -> tuple[int, int]:
+    """The bits at which the narrow bins start, and the bits that those of a bin differ in."""
+    per_octave = max(0, num_bins.bit_length() - 6)
+    return _bits(num_bins) - (_OCTAVES << _MANTISSA_BITS), _MANTISSA_BITS - per_octave
+
+
+def _num_slots(num_bins: int) -> int:
+    first, within = _narrow_bins(num_bins)
+    return num_bins + 3 + (_bits(num_bins + 2) - first >> within)
+
+
+def _slots(positions: Tensor, num_bins: int) -> Tensor:
+    """Slots, int32, of errors in ascending order.
 
     Args:
-        foreground: the foreground pixels of each bin, int64 ``(R, bins)``.
-        background: the background pixels of each bin.
+        positions: of the errors in their range, in bins of equal width. Those up to 0 have the first slot, those
+            above ``num_bins + 1`` the last.
+        num_bins: the number of bins.
+    """
+    first, within = _narrow_bins(num_bins)
+    # By their bits, nan has a slot too.
+    bits = positions.to(torch.float32).view(torch.int32).clamp(0, _bits(num_bins + 2))
+    return bits.view(torch.float32).ceil().to(torch.int32) + ((bits - first).clamp(min=0) >> within)
+
+
+def _weights(counts: Tensor, total: Tensor) -> Tensor:
+    """Weights of the background and the foreground of each slot, float64; see the top of this file.
+
+    Args:
+        counts: the background and foreground pixels in each slot, int64 ``(R, 2, slots)``.
         total: the foreground size, int64 ``(R,)``.
     """
-    total = total.unsqueeze(-1)
-    passed, alarms = foreground.cumsum(-1), background.cumsum(-1)
-    # An absent class has no union before its first pixel; its weights are 0 here.
-    first = (total + alarms - background).clamp(min=1).to(torch.float64)
-    last = (total + alarms).clamp(min=1).to(torch.float64)
-    rest = (2 * (total - passed) + foreground).to(torch.float64)
-    return torch.stack([rest / first / last / 2, (1 / first + 1 / last) / 2], 1)
+    background, foreground = counts.unbind(1)
+    alarms, missed = counts.cumsum(-1, dtype=torch.float64).unbind(1)
+    # In descending order, the foreground not passed before a slot, and the union before and after its background.
+    rest = missed + (total.unsqueeze(1) - missed[:, -1:])
+    first = (alarms[:, -1:] + total.unsqueeze(1) - alarms).clamp(min=1)
+    last = first + background
+    means = torch.stack([rest.sub(foreground, alpha=0.5), first.add(background, alpha=0.5)], 1)
+    return means / (first * last).unsqueeze(1)
