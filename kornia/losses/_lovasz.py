@@ -13,17 +13,16 @@ and the loss is the sum of ``weight * error``. The textbook form subtracts neigh
 which cancel once an image has many pixels; the counts here are integers, so nothing cancels at any size.
 
 The weights depend on the order of the errors only. Once ranked, the loss is linear in the errors, and the ranking
-needs no autograd graph: every derivative comes from the linear part.
+needs no autograd graph: every derivative comes from the linear part. So each loss has two forms, and
+:func:`_is_direct` says which one runs:
 
-There are two rankings, and :func:`_is_sparse` says which one runs:
+- *direct* computes the gradient along with the loss and hands it out in backward. It serves ordinary training.
+- *traced* leaves the derivatives to autograd. It serves ``torch.compile``, ``torch.export``, functorch, forward-mode
+  and second derivatives, and shapes in it depend on the shapes of the input alone.
 
-- *dense* ranks every pixel, in tensors whose shapes depend on the shapes of the input alone. It serves
-  ``torch.compile``, ``torch.export``, functorch, forward-mode derivatives, CUDA and small inputs.
-- *sparse* ranks only the pixels that can have a weight, and writes the gradient along with the loss, straight into
-  the one buffer that backward hands out. It serves ordinary training on the CPU, where it costs about as much as
-  cross-entropy. :class:`_Sparse` falls back on the dense form for second derivatives.
-
-Both sort, or hand the errors to ``_lovasz_bins.py``, which counts them, if ``num_bins`` is given.
+Both rank all pixels, but for the direct form on the CPU: there, large inputs go the *sparse* way, which ranks only the
+pixels that can have a weight and costs about as much as cross-entropy. To rank is to sort, or to hand the errors to
+``_lovasz_bins.py``, which counts them, if ``num_bins`` is given.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ from ._utils import mask_ignore_pixels
 
 Classes = Union[str, Sequence[int]]
 
-# With fewer logits of several classes, all are ranked densely: one large step is faster than one for each class.
+# With fewer logits of several classes, all pixels are ranked: one large step is faster than one for each class.
 _MIN_SPARSE = 1 << 18
 # The hinge loss of small images takes as few steps as can be: several at once, all of their pixels ranked. Float32
 # counts that many pixels exactly.
 _SMALL_IMAGE, _SMALL_IMAGES = 1 << 15, 1 << 17
 # PyTorch sorts shorter vectors of integers by comparison, which costs more than padding one of a fifth of this length.
 _MIN_DIGITS = 1 << 15
-# Errors ranked at a time in the dense form, unless one row is longer: the temporaries take some 40 bytes for each.
+# Errors ranked at a time, unless one row is longer: the temporaries take some 40 bytes for each.
 _SLAB = 1 << 22
 # Sorting takes some 40 bytes for each error, so the hinge loss sorts the errors of a group in parts.
 _MAX_PARTS, _MIN_PART = 8, 1 << 17
@@ -112,7 +111,7 @@ def hinge_loss(logits: Tensor, labels: Tensor, valid: Optional[Tensor], options:
         valid: bool ``(B, N)``, False for the pixels to ignore, or None.
         options: how to group, reduce and rank.
     """
-    return _reduced_losses(_hinge_dense, _hinge_sparse, 0, logits, labels, valid, options)
+    return _reduced_losses(_hinge_traced, _hinge_direct, logits, labels, valid, options)
 
 
 def softmax_loss(
@@ -138,32 +137,29 @@ def softmax_loss(
         classes: "all", "present" or the indices of the classes to average.
         options: how to group, reduce and rank.
     """
-    forms = partial(_softmax_dense, weight, classes), partial(_softmax_sparse, weight, classes)
-    # The gradient of a weight needs the term of each class, which the sparse form does not keep.
-    least = math.inf if weight is not None and weight.requires_grad else _MIN_SPARSE
-    return _reduced_losses(*forms, least, logits, labels, valid, options)
+    traced, direct = partial(_softmax_traced, weight, classes), partial(_softmax_direct, weight, classes)
+    # The gradient of a weight needs the term of each class, which the direct form does not keep.
+    suited = None if weight is not None and weight.requires_grad else direct
+    return _reduced_losses(traced, suited, logits, labels, valid, options)
 
 
 def _reduced_losses(
-    dense: Callable[..., Tensor],
-    sparse: Callable[..., Any],
-    least: float,
+    traced: Callable[..., Tensor],
+    direct: Optional[Callable[..., Any]],
     logits: Tensor,
     labels: Tensor,
     valid: Optional[Tensor],
     options: Options,
 ) -> Tensor:
-    """Losses of the groups by the ranking that suits the logits, sparse from ``least`` of them on, reduced."""
+    """Losses of the groups by the form that suits the logits, reduced."""
     arguments = (labels, valid, options)
-    if options.group is not None or not _is_sparse(logits) or logits.numel() < least:
-        losses = dense(*arguments, logits)
+    if direct is None or not _is_direct(logits):
+        loss = options.reduce(traced(*arguments, logits))
     elif torch.is_grad_enabled() and logits.requires_grad:
-        return _Sparse.apply(logits, partial(dense, *arguments), partial(sparse, *arguments), options)
+        loss = _Direct.apply(logits, partial(traced, *arguments), partial(direct, *arguments), options)
     else:
-        losses = sparse(*arguments, logits, with_gradient=False)[0]
-    if options.group is not None:
-        losses = _GroupSum.apply(losses, options.group)
-    return options.reduce(losses)
+        loss = options.reduce(direct(*arguments, logits, with_gradient=False)[0])
+    return loss if options.group is None else _GroupSum.apply(loss, options.group)
 
 
 class _GroupSum(torch.autograd.Function):
@@ -186,7 +182,7 @@ class _GroupSum(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which ranking runs
+# Which form runs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -200,44 +196,55 @@ def _is_eager(tensor: Tensor) -> bool:
     )
 
 
-def _is_sparse(logits: Tensor) -> bool:
-    return logits.device.type == "cpu" and _is_eager(logits) and logits.numel() > 0 and not _is_dual(logits)
+def _is_local(tensor: Tensor) -> bool:
+    """Whether to consult a value costs nothing."""
+    return tensor.device.type == "cpu" and _is_eager(tensor)
+
+
+def _is_direct(logits: Tensor) -> bool:
+    return _is_eager(logits) and logits.numel() > 0 and not _is_dual(logits)
 
 
 def _is_dual(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
-class _Sparse(torch.autograd.Function):
+class _Direct(torch.autograd.Function):
     """Reduced losses whose gradient is computed along with them."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, dense: Callable[[Tensor], Tensor], sparse: Callable[..., Any], options: Options
+        ctx: Any, logits: Tensor, traced: Callable[[Tensor], Tensor], direct: Callable[..., Any], options: Options
     ) -> Tensor:
-        losses, ctx.gradient = sparse(logits, with_gradient=True)
-        ctx.dense, ctx.sparse, ctx.options = dense, sparse, options
-        ctx.save_for_backward(logits)
+        losses, gradient = direct(logits, with_gradient=True)
+        ctx.traced, ctx.direct, ctx.options = traced, direct, options
+        if options.group is None:
+            ctx.gradient = gradient
+            ctx.save_for_backward(logits)
+        else:  # a second backward must not need the other processes, which may not run one
+            ctx.save_for_backward(logits, gradient)
         return options.reduce(losses)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_loss,) = grad_outputs
         plain = not (torch._C._functorch.is_legacy_batchedtensor(grad_loss) or _is_dual(grad_loss))
+        logits, *kept = ctx.saved_tensors
         if torch.is_grad_enabled() or not plain:  # a derivative of the gradient, or many gradients at once
-            (logits,) = ctx.saved_tensors
             create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
-                loss = ctx.options.reduce(ctx.dense(logits))
+                loss = ctx.options.reduce(ctx.traced(logits))
             return *torch.autograd.grad(loss, logits, grad_loss, create_graph=create_graph), None, None, None
+        if kept:
+            return kept[0] * grad_loss, None, None, None
         # The buffer is handed out, to be neither copied nor kept. It has to be filled again for a second backward.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            gradient = ctx.sparse(*ctx.saved_tensors, with_gradient=True)[1]
-        # Most often this is 1, as the gradient includes the divisor of the mean.
-        factors = grad_loss.view(-1)
-        if any(factor != 1.0 for factor in factors.tolist()):
-            gradient.view(len(factors), -1).mul_(factors.unsqueeze(1))
+            gradient = ctx.direct(logits, with_gradient=True)[1]
+        # Most often the factors are 1, as the gradient includes the divisor of the mean.
+        factors = grad_loss.view(-1, 1)
+        if not _is_local(gradient) or any(factor != 1.0 for factor in factors.flatten().tolist()):
+            gradient.view(len(factors), -1).mul_(factors)
         return gradient, None, None, None
 
 
@@ -303,34 +310,34 @@ def _order_by_digits(keys: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Dense
+# All pixels
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rank_dense(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Weights of the errors ``(B, M, N)``, ranked within each image or within the whole batch.
+def _rows(tensor: Tensor, per_image: bool) -> Tensor:
+    """Rows to rank ``(R, *)`` from those of each image ``(B, M, N)``."""
+    return tensor.flatten(0, 1) if per_image else tensor.transpose(0, 1).flatten(1)
+
+
+def _rank(errors: Tensor, foreground: Tensor, options: Options, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """Weights of rows of errors ``(R, N)``, and which rows have foreground ``(R,)``.
 
     Pixels to ignore must be background with an error below every valid one, or without one if ranked by bins. They
-    then rank last, where the weight of a background pixel is 0, unless there is no valid pixel at all.
-
-    Returns:
-        the weights ``(B, M, N)``, and which rows have foreground, bool ``(B, M)`` or ``(1, M)``.
+    then rank last, where the weight of a background pixel is 0, unless there is no valid pixel at all. The errors may
+    be overwritten if nobody else needs them, which spares memory.
     """
-    batch, per_batch, count = errors.shape
-    rank = _rank_present if _is_sparse(errors) and options.group is None else _rank
-    if options.per_image:
-        weights, present = rank(errors.flatten(0, 1), foreground.flatten(0, 1), options)
-        return weights.view(batch, per_batch, count), present.view(batch, per_batch)
-    weights, present = rank(errors.transpose(0, 1).flatten(1), foreground.transpose(0, 1).flatten(1), options)
-    return weights.view(per_batch, batch, count).transpose(0, 1), present.unsqueeze(0)
-
-
-def _rank(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The same for rows ``(R, N)``."""
+    if _is_local(errors) and options.group is None and errors.numel() > 0:
+        present = foreground.any(1)
+        if not present.all():
+            # Of an absent class, the largest error counts.
+            weights = torch.zeros_like(errors).scatter_(1, errors.argmax(1, keepdim=True), 1.0)
+            rows = _pixels(present)
+            return weights.index_copy_(0, rows, _rank(errors[rows], foreground[rows], options)[0]), present
     eager = _is_eager(errors)
     if options.num_bins is not None:
-        slab = _SLAB // 4 if eager else None
-        weights, total = rank_by_bins(errors, foreground, options.num_bins, options.group, slab)
+        # Fewer at a time would need less memory, but CUDA takes some time for each step.
+        slab = max(_SLAB // (16 if _is_local(errors) else 4), errors.numel() // 16) if eager else None
+        weights, total = rank_by_bins(errors, foreground, options.num_bins, options.group, slab, overwrite=overwrite)
         return weights, total > 0
     if eager and errors.numel() > max(_SLAB, errors.shape[1]):
         # Sorting takes several times the memory of what is sorted: a few rows at a time.
@@ -341,16 +348,6 @@ def _rank(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor,
     return weights, foreground.any(1)
 
 
-def _rank_present(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The same, only the rows with foreground ranked: of an absent class, the largest error counts."""
-    present = foreground.any(1)
-    if present.all():
-        return _rank(errors, foreground, options)
-    weights = torch.zeros_like(errors).scatter_(1, errors.argmax(1, keepdim=True), 1.0)
-    rows = _pixels(present)
-    return weights.index_copy_(0, rows, _rank(errors[rows], foreground[rows], options)[0]), present
-
-
 def _rank_rows(errors: Tensor, foreground: Tensor) -> Tensor:
     """Weights of rows of errors ``(R, N)`` by sorting."""
     order = _descending_order(errors)
@@ -359,21 +356,81 @@ def _rank_rows(errors: Tensor, foreground: Tensor) -> Tensor:
     return errors.scatter(-1, order, _sorted_weights(background, errors.dtype))
 
 
-def _hinge_dense(labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor) -> Tensor:
-    logits = logits.flatten(1)
+def _hinge_traced(labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor) -> Tensor:
+    """Losses of the groups."""
+    shape = labels.shape if options.per_image else (1, labels.numel())
+    rows, labels = logits.reshape(shape), labels.reshape(shape)
     foreground = labels == 1
     # The error is 1 + margin. Ranking the margins spares it the rounding of the sum.
-    margins = torch.where(foreground, -logits, logits)
+    margins = torch.where(foreground, -rows, rows)
     errors = (1.0 + margins).relu()
-    margins = margins.detach()
     if valid is not None:
+        valid = valid.reshape(shape)
         errors = errors.masked_fill(~valid, 0.0)
         margins = margins.masked_fill(~valid, float("-inf"))
-    keys = margins if options.num_bins is None else errors.detach()
-    weights = _rank_dense(keys.unsqueeze(1), foreground.unsqueeze(1), options)[0].squeeze(1)
+    keys = (margins if options.num_bins is None else errors).detach()
+    weights, _ = _rank(keys, foreground, options)
     # A weight of 0 leaves its pixel out; multiplied with an infinite error it would be nan.
     losses = (errors.masked_fill((weights == 0) & errors.isinf(), 0.0) * weights).sum(-1)
-    return (losses if options.per_image else losses.sum(0, keepdim=True)) / options.divisor(logits.shape[0])
+    return losses / options.divisor(logits.shape[0])
+
+
+def _hinge_direct(
+    labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor, with_gradient: bool
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Losses of the groups and their gradient."""
+    shape = labels.shape if options.per_image else (1, labels.numel())
+    rows, labels = logits.reshape(shape), labels.reshape(shape)
+    valid = None if valid is None else valid.reshape(shape)
+    divisor = options.divisor(logits.shape[0])
+    if _is_local(logits) and options.group is None:
+        if shape[1] > _SMALL_IMAGE:
+            losses, gradient = _hinge_sparse(rows, labels, valid, divisor, options.num_bins, with_gradient)
+            return losses, None if gradient is None else gradient.view_as(logits)
+        size = max(1, _SMALL_IMAGES // shape[1])
+    else:
+        size = len(rows)
+    if len(rows) <= size:
+        losses, gradient = _hinge_whole(rows, labels, valid, divisor, options)
+    else:
+        split = partial(torch.split, split_size_or_sections=size)
+        masks = itertools.repeat(None) if valid is None else split(valid)
+        parts = [_hinge_whole(*part, divisor, options) for part in zip(split(rows), split(labels), masks)]
+        losses, gradient = (torch.cat(of_parts) for of_parts in zip(*parts))
+    return losses, gradient.view_as(logits) if with_gradient else None
+
+
+def _hinge_whole(
+    logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Losses ``(R,)`` of rows of pixels and their gradient ``(R, N)``, in as few steps as can be."""
+    foreground = labels == 1
+    margins = torch.where(foreground, -logits, logits)
+    if valid is not None:
+        margins.masked_fill_(~valid, float("-inf"))
+    errors = (margins + 1.0).relu_()
+    if options.num_bins is not None:
+        margins = errors
+    weights = _rank(margins, foreground, options)[0].div_(divisor)
+    losses = _weighted_sum(errors, weights)
+    gradient = errors.sign_().mul_(weights)
+    del weights
+    return losses, gradient.mul_(torch.where(foreground, -1.0, 1.0))
+
+
+def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
+    """The sum of ``weight * error`` along the last dimension, where there is no graph to record."""
+    local = _is_local(errors)
+    piece = _PIECE if local else _SLAB // 4
+    if errors.shape[-1] > piece:  # on the CPU, the products of a piece stay in the cache
+        pieces = zip(errors.split(piece, -1), weights.split(piece, -1))
+        return torch.stack([_weighted_sum(*piece) for piece in pieces]).sum(0)
+    if local:
+        losses = (errors * weights).sum(-1)
+        if not math.isnan(sum(losses.view(-1).tolist())):
+            return losses
+    # Perhaps there is 0 times an infinite error: a weight of 0 leaves its pixel out.
+    return errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
 
 
 def _class_factors(
@@ -390,7 +447,7 @@ def _class_factors(
     return mean if weight is None else mean * weight.to(dtype)
 
 
-def _softmax_dense(
+def _softmax_traced(
     weight: Optional[Tensor],
     classes: Classes,
     labels: Tensor,
@@ -398,28 +455,70 @@ def _softmax_dense(
     options: Options,
     logits: Tensor,
 ) -> Tensor:
-    logits, labels = logits.flatten(2), labels.flatten(1).unsqueeze(1)
-    foreground = labels == torch.arange(logits.shape[1], device=logits.device).unsqueeze(-1)
+    """Losses of the groups."""
+    logits = logits.flatten(2)
     if valid is not None:
-        valid = valid.flatten(1).unsqueeze(1)
-        logits = logits.masked_fill(~valid, 0.0)
-        foreground = foreground & valid
+        logits = logits.masked_fill(~valid.flatten(1).unsqueeze(1), 0.0)
     probabilities = logits.softmax(1)
-
-    others = probabilities.detach().masked_fill(foreground, 0.0)
-    errors = torch.where(foreground, others.sum(1, keepdim=True), others)
-    if valid is not None:
-        errors = errors.masked_fill(~valid, -1.0)
-    weights, present = _rank_dense(errors, foreground, options)
-    del others, errors
-
+    weights, present = _rank_softmax(labels, valid, options, probabilities.detach())
     factors = _class_factors(classes, weight, present, options.divisor(logits.shape[0]), logits.dtype)
     weights = weights * factors.unsqueeze(-1)
-    weights = (weights + weights.gather(1, labels)).masked_fill(foreground, 0.0)
+    labels = labels.flatten(1).unsqueeze(1)
+    weights = (weights + weights.gather(1, labels)).scatter(1, labels, 0.0)
     if valid is not None:
-        weights = weights.masked_fill(~valid, 0.0)
+        weights = weights.masked_fill(~valid.flatten(1).unsqueeze(1), 0.0)
     losses = (probabilities * weights).sum((1, 2))
     return losses if options.per_image else losses.sum(0, keepdim=True)
+
+
+def _softmax_direct(
+    weight: Optional[Tensor],
+    classes: Classes,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    options: Options,
+    logits: Tensor,
+    with_gradient: bool,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Losses of the groups and their gradient ``(B, C, H, W)``."""
+    if _is_local(logits) and options.group is None and logits.numel() >= _MIN_SPARSE:
+        return _softmax_sparse(weight, classes, labels, valid, options, logits, with_gradient)
+    probabilities = logits.flatten(2).softmax(1)
+    if valid is not None:
+        probabilities.masked_fill_(~valid.flatten(1).unsqueeze(1), 0.0)
+    weights, present = _rank_softmax(labels, valid, options, probabilities)
+    factors = _class_factors(classes, weight, present, options.divisor(logits.shape[0]), logits.dtype)
+    labels = labels.flatten(1).unsqueeze(1)
+    weights.mul_(factors.unsqueeze(-1))
+    weights.add_(weights.gather(1, labels)).scatter_(1, labels, 0.0)
+    # The gradient is p * (h - share), with h as in softmax_loss and share the sum of p * h.
+    parts = weights.mul_(probabilities)
+    share = parts.sum(1, keepdim=True)
+    losses = share.sum((1, 2)) if options.per_image else share.sum().view(1)
+    if not with_gradient:
+        return losses, None
+    return losses, torch.addcmul(parts, probabilities, share, value=-1, out=probabilities).view(logits.shape)
+
+
+def _rank_softmax(
+    labels: Tensor, valid: Optional[Tensor], options: Options, probabilities: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(B, C, N)`` of probabilities of that shape, and which classes are present, bool ``(groups, C)``."""
+    batch, num_classes, count = probabilities.shape
+    labels = labels.flatten(1).unsqueeze(1)
+    foreground = labels == torch.arange(num_classes, device=labels.device).unsqueeze(-1)
+    if valid is not None:
+        valid = valid.flatten(1).unsqueeze(1)
+        foreground = foreground & valid
+    errors = probabilities.masked_fill(foreground, 0.0)
+    errors.scatter_(1, labels, errors.sum(1, keepdim=True))
+    if valid is not None:
+        errors.masked_fill_(~valid, -1.0)
+    errors, foreground = _rows(errors, options.per_image), _rows(foreground, options.per_image)
+    weights, present = _rank(errors, foreground, options, overwrite=True)
+    if options.per_image:
+        return weights.view(batch, num_classes, count), present.view(batch, num_classes)
+    return weights.view(num_classes, batch, count).transpose(0, 1), present.unsqueeze(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,77 +550,33 @@ def _rank_sparse(
     return weights
 
 
-def _rank_sparse_by_bins(errors: Tensor, foreground: Tensor, num_bins: int, total: Optional[Tensor] = None) -> Tensor:
-    """Weights of rows of errors ``(R, N)`` or of a vector by bins; ``total`` as in :func:`rank_by_bins`."""
-    rows = torch.atleast_2d(errors), torch.atleast_2d(foreground)
-    return rank_by_bins(*rows, num_bins, slab=_PIECE, total=total)[0].view_as(errors)
-
-
 def _pixels(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 
 def _hinge_sparse(
-    labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor, with_gradient: bool
+    rows: Tensor,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    divisor: int,
+    num_bins: Optional[int],
+    with_gradient: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Losses of the groups and their gradient: only pixels with a positive error are ranked."""
-    shape = labels.shape if options.per_image else (1, logits.numel())
-    divisor = options.divisor(logits.shape[0])
-    rows, labels = logits.reshape(shape), labels.reshape(shape)
-    valid = None if valid is None else valid.reshape(shape)
-    if shape[1] <= _SMALL_IMAGE:
-        if logits.numel() <= _SMALL_IMAGES:
-            losses, gradient = _hinge_rows(rows, labels, valid, divisor, options.num_bins)
-        else:
-            split = partial(torch.split, split_size_or_sections=_SMALL_IMAGES // shape[1])
-            masks = itertools.repeat(None) if valid is None else split(valid)
-            parts = [_hinge_rows(*part, divisor, options.num_bins) for part in zip(split(rows), split(labels), masks)]
-            losses, gradient = (torch.cat(of_parts) for of_parts in zip(*parts))
-        return losses, gradient.view_as(logits) if with_gradient else None
+    """Losses ``(R,)`` of rows of pixels and their gradient ``(R, N)``: only positive errors are ranked."""
     # Without a gradient, the groups share one buffer.
-    buffer = torch.empty(shape if with_gradient else (1, shape[1]), dtype=logits.dtype)
-    losses = logits.new_empty(shape[0])
-    loss_of = _hinge_group if options.num_bins is None else partial(_hinge_group_by_bins, num_bins=options.num_bins)
-    for g in range(shape[0]):
+    buffer = torch.empty(rows.shape if with_gradient else (1, rows.shape[1]), dtype=rows.dtype)
+    losses = rows.new_empty(len(rows))
+    loss_of = _hinge_group if num_bins is None else partial(_hinge_group_by_bins, num_bins=num_bins)
+    for g, row in enumerate(rows):
         losses[g] = loss_of(
-            rows[g],
+            row,
             labels[g],
             None if valid is None else valid[g],
             buffer[g if with_gradient else 0],
             divisor=divisor,
             with_gradient=with_gradient,
         )
-    return losses, buffer.view_as(logits) if with_gradient else None
-
-
-def _hinge_rows(
-    logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int, num_bins: Optional[int]
-) -> tuple[Tensor, Tensor]:
-    """Losses ``(R,)`` of small groups and their gradient ``(R, N)``, in as few steps as can be."""
-    foreground = labels == 1
-    margins = torch.where(foreground, -logits, logits)
-    if valid is not None:
-        margins.masked_fill_(~valid, float("-inf"))
-    errors = (margins + 1.0).relu_()
-    if num_bins is None:
-        weights = _rank_rows(margins, foreground)
-    else:
-        weights = _rank_sparse_by_bins(errors, foreground, num_bins)
-    weights.div_(divisor)
-    losses = _weighted_sum(errors, weights)
-    return losses, torch.where(foreground, -weights, weights).mul_(errors.sign_())
-
-
-def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
-    """The sum of ``weight * error`` along the last dimension, on the CPU."""
-    if errors.shape[-1] > _PIECE:  # the products of a piece stay in the cache
-        pieces = zip(errors.split(_PIECE, -1), weights.split(_PIECE, -1))
-        return torch.stack([_weighted_sum(*piece) for piece in pieces]).sum(0)
-    losses = (errors * weights).sum(-1)
-    if math.isnan(sum(losses.view(-1).tolist())):
-        # perhaps 0 times an infinite error: a weight of 0 leaves its pixel out
-        losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
-    return losses
+    return losses, buffer if with_gradient else None
 
 
 def _hinge_group_by_bins(
@@ -544,7 +599,7 @@ def _hinge_group_by_bins(
     total = foreground.count_nonzero().view(1)
     if pixels is not None:
         errors, foreground = errors.index_select(0, pixels), foreground.index_select(0, pixels)
-    weights = _rank_sparse_by_bins(errors, foreground, num_bins, total)
+    weights = rank_by_bins(errors[None], foreground[None], num_bins, slab=_PIECE, total=total)[0][0]
     loss = _weighted_sum(errors, weights).item()
     if with_gradient:
         gradient = errors.copy_(foreground).mul_(-2.0 / divisor).add_(1.0 / divisor).mul_(weights)
@@ -686,7 +741,10 @@ def _rank_candidates(batch: Sequence[_Candidates], num_bins: Optional[int]) -> S
         return [_rank_sparse(errors, lambda indices: indices >= count, count)]
     rows = pad_sequence([candidates.errors for candidates in batch], batch_first=True, padding_value=-1.0)
     foreground = torch.arange(rows.shape[1]) < torch.tensor([candidates.count for candidates in batch]).unsqueeze(1)
-    weights = _rank_rows(rows, foreground) if num_bins is None else _rank_sparse_by_bins(rows, foreground, num_bins)
+    if num_bins is None:
+        weights = _rank_rows(rows, foreground)
+    else:
+        weights, _ = rank_by_bins(rows, foreground, num_bins, slab=_PIECE)
     return [row[: len(candidates.errors)] for row, candidates in zip(weights, batch)]
 
 
@@ -734,7 +792,7 @@ def _softmax_group(
     share, lift = others * 0.0, torch.zeros_like(others)
     alarms: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def candidates(c: int) -> _Candidates:
+    def candidates_of(c: int) -> _Candidates:
         missed = [of_image[c] for of_image in pixels]
         missed_errors = [errors.index_select(0, found) for errors, found in zip(others, missed)]
         # Where no foreground is left to pass, the weight of the background is 0.
@@ -746,7 +804,7 @@ def _softmax_group(
         return _Candidates(c, counts[c], missed, wrong, torch.cat([*missed_errors, *wrong_errors]))
 
     present = [c for c, (count, factor) in enumerate(zip(counts, factors)) if count != 0 and factor != 0]
-    for batch in _batches(map(candidates, present)):
+    for batch in _batches(map(candidates_of, present)):
         for (c, _, missed, wrong, errors), weights in zip(batch, _rank_candidates(batch, num_bins)):
             weights.mul_(factors[c])
             sizes = [len(found) for found in (*missed, *wrong)]

@@ -44,6 +44,7 @@ def rank_by_bins(
     group: Optional[torch.distributed.ProcessGroup] = None,
     slab: Optional[int] = None,
     total: Optional[Tensor] = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Weights of rows of errors ``(R, N)``.
 
@@ -58,24 +59,25 @@ def rank_by_bins(
             decide what is computed. None: all, as they may not.
         total: the foreground size of each row, int64 ``(R,)``, if foreground with an error of 0 has been left out, as
             it can be without a group.
+        overwrite: whether the errors may be overwritten, which spares memory.
 
     Returns:
         the weights ``(R, N)``, and the foreground size of each row in all processes, int64 ``(R,)``.
     """
     rows, count = errors.shape
-    counted = foreground.sum(1)
     if errors.numel() == 0 and group is None:
-        return torch.zeros_like(errors), counted if total is None else total
+        return torch.zeros_like(errors), foreground.sum(1) if total is None else total
     if count == 0:  # without a pixel, this process still takes part
         pixel = torch.nn.functional.pad
         weights, total = rank_by_bins(pixel(errors, (0, 1)), pixel(foreground, (0, 1)), num_bins, group)
         return weights[:, :0], total
     is_local = slab is not None and errors.device.type == "cpu"  # where to consult a value costs nothing
-    is_whole = slab is None or errors.numel() <= slab
+    width = count if slab is None or errors.numel() <= slab else max(1, slab // rows)
 
     def split(tensor: Tensor) -> Sequence[Tensor]:
-        return (tensor,) if is_whole else tensor.split(max(1, slab // rows), 1)
+        return (tensor,) if width == count else tensor.split(width, 1)
 
+    counted = reduce(torch.add, [part.sum(1) for part in split(foreground)])  # each makes an int64 copy on the CPU
     smallest, largest = _ranges(split(errors), split(foreground))
     if total is None:
         total = counted
@@ -87,6 +89,9 @@ def rank_by_bins(
     # The smallest itself must be above where the bins begin. There is one bin more, for rounding.
     smallest = smallest * (1 - 2.0**-20)
     scale = (num_bins + 0.5) / (largest - smallest).clamp(min=_NARROWEST)
+
+    may_be_absent = not is_local or group is not None or bool((total == 0).any())
+    largest_at = errors.argmax(1, keepdim=True) if may_be_absent else None
 
     # The slots of a row are those of its background, then those of its foreground.
     num_slots = _num_slots(num_bins)
@@ -107,13 +112,16 @@ def rank_by_bins(
 
     def in_parts(step: Callable[..., Tensor], *tensors: Tensor, over: Tensor) -> Tensor:
         """What ``step`` makes of tensors, all at once or, written over a tensor, a part of the pixels at a time."""
-        if is_whole:
+        if width == count:
             return step(*tensors)
         for *part, result in zip(*map(split, (*tensors, over))):
             result.copy_(step(*part))
         return over
 
-    slots = in_parts(slots_of, errors, foreground, over=torch.empty_like(errors, dtype=torch.int32))
+    # Slots, float32 errors and weights have the same width.
+    fits = errors.dtype == torch.float32
+    buffer = errors.view(torch.int32) if overwrite and fits else torch.empty_like(errors, dtype=torch.int32)
+    slots = in_parts(slots_of, errors, foreground, over=buffer)
     counts = reduce(torch.add, map(counts_of, split(slots)))
     if group is not None:
         counts = torch.cat([counts, total])
@@ -124,11 +132,10 @@ def rank_by_bins(
     def weights_of(slots: Tensor) -> Tensor:
         return table.index_select(0, slots.flatten()).view(slots.shape)
 
-    fits = errors.element_size() == slots.element_size()
     weights = in_parts(weights_of, slots, over=slots.view(errors.dtype) if fits else torch.empty_like(errors))
-    if not is_local or (total == 0).any():  # of an absent class, the largest error alone counts
+    if largest_at is not None:  # of an absent class, the largest error alone counts
         alone = total == 0 if is_owner is None else (total == 0) & is_owner
-        weights = weights.scatter_add(1, errors.argmax(1, keepdim=True), alone.unsqueeze(1).to(weights.dtype))
+        weights.scatter_add_(1, largest_at, alone.unsqueeze(1).to(weights.dtype))
     return weights, total
 
 

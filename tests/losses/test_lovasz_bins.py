@@ -58,16 +58,17 @@ def mean_of_two_orders(total: int, alarms: int) -> tuple[Fraction, Fraction]:
 CASES = ("random", "ties", "one class", "wrong", "right", "extreme", "outlier", "lone", "tiny")
 
 
-@pytest.fixture(autouse=True, params=["dense", "sparse", "small"])
+@pytest.fixture(autouse=True, params=["traced", "sparse", "small"])
 def ranking(request, monkeypatch):
-    """Every test runs with both forms, whatever the size of its inputs, and with the short way for small images."""
+    """Every test runs with each form, whatever the size of its inputs, and with the short way for small images."""
     monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGE", 1000 if request.param == "small" else 0)
     monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGES", 1000)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._SLAB", 1000)
     monkeypatch.setattr("kornia.losses._lovasz._PIECE", 100)
-    if request.param == "dense":
-        monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
+    if request.param == "traced":
+        monkeypatch.setattr("kornia.losses._lovasz._is_direct", lambda logits: False)
+        monkeypatch.setattr("kornia.losses._lovasz._is_local", lambda tensor: False)
 
 
 sparse_only = pytest.mark.parametrize("ranking", ["sparse"], indirect=True)
@@ -287,12 +288,13 @@ class TestLovaszBins(BaseTester):
         pred += learnt * (true if pred.shape[1] == 1 else torch.zeros_like(pred).scatter_(1, target.unsqueeze(1), 1.0))
         target[1, :20] = -100
         value, grad = value_and_grad(loss, pred, target, num_bins=num_bins, per_image=per_image)
-        monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
-        for slab in (1, 1 << 22):
-            monkeypatch.setattr("kornia.losses._lovasz._SLAB", 777 * slab)
-            dense, expected = value_and_grad(loss, pred, target, num_bins=num_bins, per_image=per_image)
+        monkeypatch.setattr("kornia.losses._lovasz._is_local", lambda tensor: False)
+        for is_direct, slab in ((True, 777), (False, 777), (False, 1 << 22)):
+            monkeypatch.setattr("kornia.losses._lovasz._is_direct", lambda logits, answer=is_direct: answer)
+            monkeypatch.setattr("kornia.losses._lovasz._SLAB", slab)
+            other, expected = value_and_grad(loss, pred, target, num_bins=num_bins, per_image=per_image)
             # The forms round the softmax differently, which can move a pixel at the edge of a bin.
-            self.assert_close(value, dense, rtol=1e-6 if loss is lovasz_hinge_loss else 1e-4, atol=0.0)
+            self.assert_close(value, other, rtol=1e-6 if loss is lovasz_hinge_loss else 1e-4, atol=0.0)
             assert (grad - expected).norm() < (2e-6 if loss is lovasz_hinge_loss else 1e-2) * expected.norm()
 
     def test_feature_deterministic(self, loss, device, dtype):

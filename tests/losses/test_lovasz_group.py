@@ -80,6 +80,15 @@ def train_in_group(rank, ranks, folder):
     # without a graph, as in validation
     with torch.no_grad():
         results.append((make_loss(CASES[0], dist.group.WORLD)(make_model(CASES[0])(features), target.clamp(max=1)), []))
+    # a second backward of one process alone, for which the others need not be there
+    for dtype in (torch.float64, torch.float32):
+        leaf = make_model(CASES[0])(features).detach().to(dtype).requires_grad_()
+        value = make_loss(CASES[0], dist.group.WORLD)(leaf, target.clamp(max=1))
+        assert abs(value - results[-1][0]) < 1e-5 * value
+        (first,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        if rank == 0:
+            (second,) = torch.autograd.grad(2 * value, leaf)
+            assert torch.equal(second, 2 * first)
     alone = dist.new_group([0])
     message = ""
     if rank > 0:

@@ -78,20 +78,21 @@ def make_distinct(device, dtype, height=3, width=5, seed=0):
     return pred.reshape(1, 1, height, width).to(device, dtype), target.reshape(1, height, width).to(device)
 
 
-@pytest.fixture(autouse=True, params=["dense", "sparse", "small"])
+@pytest.fixture(autouse=True, params=["traced", "sparse", "small"])
 def ranking(request, monkeypatch):
-    """Every test runs with both rankings, whatever the size of its inputs, and with the short way for small images."""
+    """Every test runs with each form, whatever the size of its inputs, and with the short way for small images."""
     torch.manual_seed(0)
     monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGE", 130 if request.param == "small" else 0)
     monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGES", 130)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
     monkeypatch.setattr("kornia.losses._lovasz._SLAB", 500)
-    if request.param == "dense":
-        monkeypatch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
+    if request.param == "traced":
+        monkeypatch.setattr("kornia.losses._lovasz._is_direct", lambda logits: False)
+        monkeypatch.setattr("kornia.losses._lovasz._is_local", lambda tensor: False)
 
 
-# Compiled code ranks densely: comparing it with eager code is enough, once.
+# Compiled code takes the traced form: comparing it with eager code is enough, once.
 sparse_only = pytest.mark.parametrize("ranking", ["sparse"], indirect=True)
 
 
@@ -375,17 +376,20 @@ class TestLovaszHingeLoss(BaseTester):
 
     @pytest.mark.parametrize("options", [{}, {"per_image": False, "ignore_index": 0}])
     def test_feature_rankings_agree(self, device, dtype, options, monkeypatch):
-        # the same gradient from either ranking, and from the sparse one in pieces of any length
+        # the same gradient from each form, the direct one away from the CPU, and the sparse way in pieces of any length
         pred, target = make_inputs(device, dtype, (2, 40, 50))
         pred = pred + torch.rand(pred.shape, device=device, dtype=dtype)
         results = []
-        for is_sparse, piece, digits in ((False, 1, 1 << 30), (True, 7, 4), (True, 1000, 1 << 12), (True, 1 << 20, 1)):
+        pieces = [("sparse", piece, digits) for piece, digits in ((7, 4), (1000, 1 << 12), (1 << 20, 1))]
+        for form, piece, digits in (("traced", 1, 1 << 30), ("away", 1, 1 << 30), *pieces):
             with monkeypatch.context() as patch:
                 patch.setattr("kornia.losses._lovasz._MIN_PART", 50 * piece)
                 patch.setattr("kornia.losses._lovasz._PIECE", piece)
                 patch.setattr("kornia.losses._lovasz._MIN_DIGITS", digits)
-                if not is_sparse:
-                    patch.setattr("kornia.losses._lovasz._is_sparse", lambda logits: False)
+                if form != "sparse":
+                    patch.setattr("kornia.losses._lovasz._is_local", lambda tensor: False)
+                if form == "traced":
+                    patch.setattr("kornia.losses._lovasz._is_direct", lambda logits: False)
                 leaf = pred.clone().requires_grad_()
                 loss = lovasz_hinge_loss(leaf, target, **options)
                 loss.backward()
