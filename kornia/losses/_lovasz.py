@@ -229,22 +229,22 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_loss,) = grad_outputs
         plain = not (torch._C._functorch.is_legacy_batchedtensor(grad_loss) or _is_dual(grad_loss))
-        logits, *kept = ctx.saved_tensors
         if torch.is_grad_enabled() or not plain:  # a derivative of the gradient, or many gradients at once
+            logits = ctx.saved_tensors[0]
             create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
                 loss = ctx.options.reduce(ctx.traced(logits))
             return *torch.autograd.grad(loss, logits, grad_loss, create_graph=create_graph), None, None, None
-        if kept:
-            return kept[0] * grad_loss, None, None, None
+        if ctx.options.group is not None:
+            return ctx.saved_tensors[1] * grad_loss, None, None, None
         # The buffer is handed out, to be neither copied nor kept. It has to be filled again for a second backward.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            gradient = ctx.direct(logits, with_gradient=True)[1]
+            gradient = ctx.direct(*ctx.saved_tensors, with_gradient=True)[1]
         # Most often the factors are 1, as the gradient includes the divisor of the mean.
-        factors = grad_loss.view(-1, 1)
-        if not _is_local(gradient) or any(factor != 1.0 for factor in factors.flatten().tolist()):
-            gradient.view(len(factors), -1).mul_(factors)
+        factors = grad_loss.view(-1)
+        if not _is_local(gradient) or any(factor != 1.0 for factor in factors.tolist()):
+            gradient.view(len(factors), -1).mul_(factors.unsqueeze(1))
         return gradient, None, None, None
 
 
@@ -326,13 +326,6 @@ def _rank(errors: Tensor, foreground: Tensor, options: Options, overwrite: bool 
     then rank last, where the weight of a background pixel is 0, unless there is no valid pixel at all. The errors may
     be overwritten if nobody else needs them, which spares memory.
     """
-    if _is_local(errors) and options.group is None and errors.numel() > 0:
-        present = foreground.any(1)
-        if not present.all():
-            # Of an absent class, the largest error counts.
-            weights = torch.zeros_like(errors).scatter_(1, errors.argmax(1, keepdim=True), 1.0)
-            rows = _pixels(present)
-            return weights.index_copy_(0, rows, _rank(errors[rows], foreground[rows], options)[0]), present
     eager = _is_eager(errors)
     if options.num_bins is not None:
         # Fewer at a time would need less memory, but CUDA takes some time for each step.
@@ -346,6 +339,16 @@ def _rank(errors: Tensor, foreground: Tensor, options: Options, overwrite: bool 
     else:
         weights = _rank_rows(errors, foreground)
     return weights, foreground.any(1)
+
+
+def _rank_present(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The same on the CPU, only the rows with foreground ranked: of an absent class, the largest error counts."""
+    present = foreground.any(1)
+    if present.all():
+        return _rank(errors, foreground, options, overwrite=True)
+    weights = torch.zeros_like(errors).scatter_(1, errors.argmax(1, keepdim=True), 1.0)
+    rows = _pixels(present)
+    return weights.index_copy_(0, rows, _rank(errors[rows], foreground[rows], options, overwrite=True)[0]), present
 
 
 def _rank_rows(errors: Tensor, foreground: Tensor) -> Tensor:
@@ -411,7 +414,11 @@ def _hinge_whole(
     errors = (margins + 1.0).relu_()
     if options.num_bins is not None:
         margins = errors
-    weights = _rank(margins, foreground, options)[0].div_(divisor)
+    if options.num_bins is None and _is_local(margins):  # with no step for which rows have foreground
+        weights = _rank_rows(margins, foreground)
+    else:
+        weights, _ = _rank(margins, foreground, options)
+    weights.div_(divisor)
     losses = _weighted_sum(errors, weights)
     gradient = errors.sign_().mul_(weights)
     del weights
@@ -515,7 +522,10 @@ def _rank_softmax(
     if valid is not None:
         errors.masked_fill_(~valid, -1.0)
     errors, foreground = _rows(errors, options.per_image), _rows(foreground, options.per_image)
-    weights, present = _rank(errors, foreground, options, overwrite=True)
+    if _is_local(errors) and options.group is None and count > 0:
+        weights, present = _rank_present(errors, foreground, options)
+    else:
+        weights, present = _rank(errors, foreground, options, overwrite=True)
     if options.per_image:
         return weights.view(batch, num_classes, count), present.view(batch, num_classes)
     return weights.view(num_classes, batch, count).transpose(0, 1), present.unsqueeze(0)
