@@ -522,7 +522,7 @@ def _rank_softmax(
     if valid is not None:
         errors.masked_fill_(~valid, -1.0)
     errors, foreground = _rows(errors, options.per_image), _rows(foreground, options.per_image)
-    if _is_local(errors) and options.group is None and count > 0:
+    if _is_local(errors) and options.group is None and errors.numel() > 0:
         weights, present = _rank_present(errors, foreground, options)
     else:
         weights, present = _rank(errors, foreground, options, overwrite=True)
