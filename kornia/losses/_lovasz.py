@@ -18,7 +18,7 @@ needs no autograd graph: every derivative comes from the linear part. So each lo
 
 - *direct* computes the gradient along with the loss and hands it out in backward. It serves ordinary training.
 - *traced* leaves the derivatives to autograd. It serves ``torch.compile``, ``torch.export``, functorch, forward-mode
-  and second derivatives, and shapes in it depend on the shapes of the input alone.
+  and second derivatives. When compiled, its shapes depend on the shapes of the input alone.
 
 Both rank all pixels, but for the direct form on the CPU: there, large inputs go the *sparse* way, which ranks only the
 pixels that can have a weight and costs about as much as cross-entropy. To rank is to sort, or to hand the errors to
@@ -111,7 +111,8 @@ def hinge_loss(logits: Tensor, labels: Tensor, valid: Optional[Tensor], options:
         valid: bool ``(B, N)``, False for the pixels to ignore, or None.
         options: how to group, reduce and rank.
     """
-    return _reduced_losses(_hinge_traced, _hinge_direct, logits, labels, valid, options)
+    traced, direct = partial(_hinge_traced, options), partial(_hinge_direct, options)
+    return _reduced_losses(traced, direct, options, logits, labels, valid)
 
 
 def softmax_loss(
@@ -137,28 +138,26 @@ def softmax_loss(
         classes: "all", "present" or the indices of the classes to average.
         options: how to group, reduce and rank.
     """
-    traced, direct = partial(_softmax_traced, weight, classes), partial(_softmax_direct, weight, classes)
+    traced, direct = partial(_softmax_traced, classes, options), partial(_softmax_direct, classes, options)
     # The gradient of a weight needs the term of each class, which the direct form does not keep.
-    suited = None if weight is not None and weight.requires_grad else direct
-    return _reduced_losses(traced, suited, logits, labels, valid, options)
+    suited = None if weight is not None and (weight.requires_grad or _is_dual(weight)) else direct
+    return _reduced_losses(traced, suited, options, logits, labels, valid, weight)
 
 
 def _reduced_losses(
     traced: Callable[..., Tensor],
     direct: Optional[Callable[..., Any]],
-    logits: Tensor,
-    labels: Tensor,
-    valid: Optional[Tensor],
     options: Options,
+    logits: Tensor,
+    *others: Optional[Tensor],
 ) -> Tensor:
-    """Losses of the groups by the form that suits the logits, reduced."""
-    arguments = (labels, valid, options)
+    """Losses of the groups by the form that suits the logits, reduced; ``others`` are what the forms need besides."""
     if direct is None or not _is_direct(logits):
-        loss = options.reduce(traced(*arguments, logits))
+        loss = options.reduce(traced(logits, *others))
     elif torch.is_grad_enabled() and logits.requires_grad:
-        loss = _Direct.apply(logits, partial(traced, *arguments), partial(direct, *arguments), options)
+        loss = _Direct.apply(logits, traced, direct, options, *others)
     else:
-        loss = options.reduce(direct(*arguments, logits, with_gradient=False)[0])
+        loss = options.reduce(direct(logits, *others, with_gradient=False)[0])
     return loss if options.group is None else _GroupSum.apply(loss, options.group)
 
 
@@ -214,29 +213,38 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, traced: Callable[[Tensor], Tensor], direct: Callable[..., Any], options: Options
+        ctx: Any,
+        logits: Tensor,
+        traced: Callable[..., Tensor],
+        direct: Callable[..., Any],
+        options: Options,
+        *others: Optional[Tensor],
     ) -> Tensor:
-        losses, gradient = direct(logits, with_gradient=True)
+        losses, gradient = direct(logits, *others, with_gradient=True)
         ctx.traced, ctx.direct, ctx.options = traced, direct, options
         if options.group is None:
             ctx.gradient = gradient
-            ctx.save_for_backward(logits)
+            ctx.save_for_backward(logits, *others)
         else:  # a second backward must not need the other processes, which may not run one
-            ctx.save_for_backward(logits, gradient)
+            ctx.save_for_backward(logits, *others, gradient)
         return options.reduce(losses)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad_loss,) = grad_outputs
-        plain = not (torch._C._functorch.is_legacy_batchedtensor(grad_loss) or _is_dual(grad_loss))
-        if torch.is_grad_enabled() or not plain:  # a derivative of the gradient, or many gradients at once
-            logits = ctx.saved_tensors[0]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Optional[Tensor], ...]:
+        return _Direct.gradient(ctx, *grad_outputs), *[None] * (len(ctx.needs_input_grad) - 1)
+
+    @staticmethod
+    def gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss) or torch._C._are_functorch_transforms_active()
+        if torch.is_grad_enabled() or batched or _is_dual(grad_loss):
+            # A derivative of the gradient, or many gradients at once.
+            logits, *others = ctx.saved_tensors
             create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
-                loss = ctx.options.reduce(ctx.traced(logits))
-            return *torch.autograd.grad(loss, logits, grad_loss, create_graph=create_graph), None, None, None
+                loss = ctx.options.reduce(ctx.traced(logits, *others[: len(ctx.needs_input_grad) - 4]))
+            return torch.autograd.grad(loss, logits, grad_loss, create_graph=create_graph)[0]
         if ctx.options.group is not None:
-            return ctx.saved_tensors[1] * grad_loss, None, None, None
+            return ctx.saved_tensors[-1] * grad_loss
         # The buffer is handed out, to be neither copied nor kept. It has to be filled again for a second backward.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
@@ -244,8 +252,8 @@ class _Direct(torch.autograd.Function):
         # Most often the factors are 1, as the gradient includes the divisor of the mean.
         factors = grad_loss.view(-1)
         if not _is_local(gradient) or any(factor != 1.0 for factor in factors.tolist()):
-            gradient.view(len(factors), -1).mul_(factors.unsqueeze(1))
-        return gradient, None, None, None
+            gradient.mul_(factors.view(-1, 1, 1, 1))
+        return gradient
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +367,7 @@ def _rank_rows(errors: Tensor, foreground: Tensor) -> Tensor:
     return errors.scatter(-1, order, _sorted_weights(background, errors.dtype))
 
 
-def _hinge_traced(labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor) -> Tensor:
+def _hinge_traced(options: Options, logits: Tensor, labels: Tensor, valid: Optional[Tensor]) -> Tensor:
     """Losses of the groups."""
     shape = labels.shape if options.per_image else (1, labels.numel())
     rows, labels = logits.reshape(shape), labels.reshape(shape)
@@ -379,7 +387,7 @@ def _hinge_traced(labels: Tensor, valid: Optional[Tensor], options: Options, log
 
 
 def _hinge_direct(
-    labels: Tensor, valid: Optional[Tensor], options: Options, logits: Tensor, with_gradient: bool
+    options: Options, logits: Tensor, labels: Tensor, valid: Optional[Tensor], with_gradient: bool
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Losses of the groups and their gradient."""
     shape = labels.shape if options.per_image else (1, labels.numel())
@@ -455,12 +463,12 @@ def _class_factors(
 
 
 def _softmax_traced(
-    weight: Optional[Tensor],
     classes: Classes,
-    labels: Tensor,
-    valid: Optional[Tensor],
     options: Options,
     logits: Tensor,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    weight: Optional[Tensor],
 ) -> Tensor:
     """Losses of the groups."""
     logits = logits.flatten(2)
@@ -479,17 +487,17 @@ def _softmax_traced(
 
 
 def _softmax_direct(
-    weight: Optional[Tensor],
     classes: Classes,
-    labels: Tensor,
-    valid: Optional[Tensor],
     options: Options,
     logits: Tensor,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    weight: Optional[Tensor],
     with_gradient: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Losses of the groups and their gradient ``(B, C, H, W)``."""
     if _is_local(logits) and options.group is None and logits.numel() >= _MIN_SPARSE:
-        return _softmax_sparse(weight, classes, labels, valid, options, logits, with_gradient)
+        return _softmax_sparse(classes, options, logits, labels, valid, weight, with_gradient)
     probabilities = logits.flatten(2).softmax(1)
     if valid is not None:
         probabilities.masked_fill_(~valid.flatten(1).unsqueeze(1), 0.0)
@@ -654,6 +662,8 @@ def _floors(margins: Tensor, wrong: Tensor) -> list[Optional[float]]:
         return [None]
     step = len(margins) // 4096 | 1  # odd, for pixels of many columns
     sample = margins[::step][wrong[::step]].sort(descending=True).values
+    if len(sample) == 0:  # as where the step is the width of the image, and a column is right
+        return [None]
     return [*sample[torch.arange(1, cuts + 1) * len(sample) // (cuts + 1)].tolist(), None]
 
 
@@ -678,12 +688,12 @@ def _hinge_part(
 
 
 def _softmax_sparse(
-    weight: Optional[Tensor],
     classes: Classes,
-    labels: Tensor,
-    valid: Optional[Tensor],
     options: Options,
     logits: Tensor,
+    labels: Tensor,
+    valid: Optional[Tensor],
+    weight: Optional[Tensor],
     with_gradient: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Losses of the groups and their gradient ``(B, C, H, W)``, one group after the other."""
@@ -730,15 +740,15 @@ class _Candidates(NamedTuple):
     errors: Tensor  # of the missed, then of the wrong
 
 
-def _batches(classes: Iterable[_Candidates]) -> Iterator[Sequence[_Candidates]]:
-    """Classes to rank at once: as many as make up a piece, each padded to the longest."""
+def _batches(classes: Iterable[_Candidates], shortest: int) -> Iterator[Sequence[_Candidates]]:
+    """Classes to rank at once: as many as make up a piece, each padded to the longest and counted as ``shortest``."""
     batch: list[_Candidates] = []
-    longest = 0
+    longest = shortest
     for candidates in classes:
         longest = max(longest, len(candidates.errors))
         if batch and (len(batch) + 1) * longest > _PIECE:
             yield batch
-            batch, longest = [], len(candidates.errors)
+            batch, longest = [], max(shortest, len(candidates.errors))
         batch.append(candidates)
     if batch:
         yield batch
@@ -807,14 +817,16 @@ def _softmax_group(
         missed_errors = [errors.index_select(0, found) for errors, found in zip(others, missed)]
         # Where no foreground is left to pass, the weight of the background is 0.
         smallest = torch.cat(missed_errors).min()
-        if num_bins is not None:  # what shares its bin counts too
+        if num_bins is not None:  # the bins begin just below, and what shares one counts too
             smallest = 0.999 * smallest
         wrong = [_pixels(row > smallest) for row in rows[:, c]]
         wrong_errors = [row.index_select(0, found) for row, found in zip(rows[:, c], wrong)]
         return _Candidates(c, counts[c], missed, wrong, torch.cat([*missed_errors, *wrong_errors]))
 
     present = [c for c, (count, factor) in enumerate(zip(counts, factors)) if count != 0 and factor != 0]
-    for batch in _batches(map(candidates_of, present)):
+    # A class by bins takes a table too.
+    shortest = 0 if num_bins is None else num_bins
+    for batch in _batches(map(candidates_of, present), shortest):
         for (c, _, missed, wrong, errors), weights in zip(batch, _rank_candidates(batch, num_bins)):
             weights.mul_(factors[c])
             sizes = [len(found) for found in (*missed, *wrong)]

@@ -33,7 +33,7 @@ from torch import Tensor
 # From the smallest error to the largest, the width of the narrow bins doubles this many times.
 _OCTAVES = 24
 _MANTISSA_BITS = 23
-# Errors and their range are kept between these, so that neither the range nor its inverse overflows.
+# The range of the errors is at least that wide, and its ends at most that large, so that its inverse is finite.
 _NARROWEST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
 
 
@@ -86,8 +86,9 @@ def rank_by_bins(
     is_owner = None
     if group is not None:
         smallest, largest, is_owner = _ranges_of_group(smallest, largest, group)
-    # The smallest itself must be above where the bins begin. There is one bin more, for rounding.
-    smallest = smallest * (1 - 2.0**-20)
+    # Both ends are moved outwards, where the smallest itself must be above the first slot and rounding to float32 may
+    # have lowered the largest. There is one bin more, for rounding.
+    smallest, largest = smallest * (1 - 2.0**-20), (largest * (1 + 2.0**-20)).clamp(max=_MOST)
     scale = (num_bins + 0.5) / (largest - smallest).clamp(min=_NARROWEST)
 
     may_be_absent = not is_local or group is not None or bool((total == 0).any())
@@ -96,6 +97,8 @@ def rank_by_bins(
     # The slots of a row are those of its background, then those of its foreground.
     num_slots = _num_slots(num_bins)
     num_counts = rows * 2 * num_slots
+    if num_counts > torch.iinfo(torch.int32).max:
+        raise ValueError(f"num_bins must leave room for {rows} classes of images in 32-bit tables. Got: {num_bins}")
     starts = None
     if rows > 1:
         starts = torch.arange(0, num_counts, 2 * num_slots, dtype=torch.int32, device=errors.device).unsqueeze(1)
@@ -150,7 +153,8 @@ def _ranges(errors: Sequence[Tensor], foreground: Sequence[Tensor]) -> tuple[Ten
     """
     smallest, largest = [], []
     for part, in_foreground in zip(errors, foreground):
-        bound = (~in_foreground).to(part.dtype) * _MOST  # cheaper than to select by a mask
+        # 0 on the foreground and the largest number on the background: cheaper than to select by a mask.
+        bound = (~in_foreground).to(part.dtype) * _MOST
         smallest.append(part.maximum(bound).amin(1, keepdim=True))
         largest.append(part.minimum(bound).amax(1, keepdim=True))
     lowest, highest = reduce(torch.minimum, smallest), reduce(torch.maximum, largest)
@@ -196,6 +200,7 @@ def _slots(positions: Tensor, num_bins: int) -> Tensor:
         num_bins: the number of bins.
     """
     first, within = _narrow_bins(num_bins)
+    # The sum of two numbers that ascend with the error changes wherever one of them does: it has the edges of both.
     # By their bits, nan has a slot too.
     bits = positions.to(torch.float32).view(torch.int32).clamp(0, _bits(num_bins + 2))
     return bits.view(torch.float32).ceil().to(torch.int32) + ((bits - first).clamp(min=0) >> within)

@@ -169,6 +169,27 @@ class TestLovaszBins(BaseTester):
             assert (value >= exact - largest_error(loss, pred, target) / num_bins - 1e-6 * exact).all()
             assert value.isfinite().all()
 
+    def test_feature_bound_where_errors_nearly_tie(self, loss, device):
+        # float64 errors of foreground and background closer than float32 numbers are, and one far above
+        if loss is lovasz_hinge_loss:
+            pred = torch.tensor([-0.3, 0.3, -20.0], device=device, dtype=torch.float64).view(1, 1, 1, 3)
+            target, options = torch.tensor([[[1, 0, 1]]], device=device), {}
+        else:
+            wrong = torch.tensor([0.3, -0.3 + 1e-13, 9.0], device=device, dtype=torch.float64)
+            pred = torch.stack([wrong, torch.zeros_like(wrong)]).view(1, 2, 1, 3)
+            target, options = torch.tensor([[[1, 0, 1]]], device=device), {"classes": [1]}
+        exact = loss(pred, target, **options)
+        for num_bins in (64, 1024, 1 << 16):
+            value = loss(pred, target, num_bins=num_bins, **options)
+            assert exact * (1 + 1e-9) >= value >= exact - largest_error(loss, pred, target) / num_bins - 1e-9
+
+    def test_exception_of_tables(self, loss, device, monkeypatch):
+        # more classes of images than 32-bit integers can number the slots of
+        pred, target = make_inputs(loss, device, torch.float32, (2, 4, 4))
+        monkeypatch.setattr("kornia.losses._lovasz_bins._num_slots", lambda num_bins: 1 << 30)
+        with pytest.raises(ValueError, match="num_bins must leave room"):
+            loss(pred, target, num_bins=1024)
+
     @pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
     def test_feature_accuracy(self, loss, scale, device):
         pred, target = make_inputs(loss, device, torch.float32, (2, 128, 128), scale)

@@ -425,6 +425,59 @@ class TestLovaszHingeLoss(BaseTester):
         self.assert_close(results[1][0], results[0][0], rtol=RTOL[dtype], atol=0.0)
         self.assert_close(results[1][1], results[0][1], rtol=0.0, atol=0.0)
 
+    def test_feature_permuted_target(self, device, dtype):
+        # of any layout, and with a gradient that has to be scaled
+        pred, target = make_inputs(device, dtype, (3, 5, 6))
+        permuted = target.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        grads = []
+        for labels in (target, permuted):
+            leaf = pred.clone().requires_grad_()
+            (2 * lovasz_hinge_loss(leaf, labels)).backward()
+            grads.append(leaf.grad)
+        self.assert_close(*grads)
+
+    def test_feature_right_column(self, device, monkeypatch):
+        # parts are divided by a sample of the pixels, which can miss all that are wrong
+        monkeypatch.setattr("kornia.losses._lovasz._MIN_PART", 100)
+        generator = torch.Generator().manual_seed(0)
+        pred = torch.randn(1, 1, 4096, 3, generator=generator).to(device)
+        target = torch.randint(0, 2, (1, 4096, 3), generator=generator).to(device)
+        target[:, :, 0] = -100
+        value = lovasz_hinge_loss(pred, target)
+        self.assert_close(value, lovasz_hinge_loss(pred[..., 1:], target[..., 1:]), rtol=1e-6, atol=0.0)
+
+    def test_feature_batched_gradients(self, device):
+        # torch.func.vmap over torch.autograd.grad, as its documentation has it
+        pred, target = make_inputs(device, torch.float64, (3, 5, 6))
+        pred.requires_grad_()
+        losses = lovasz_hinge_loss(pred, target, reduction="none")
+        (expected,) = torch.autograd.grad(losses.sum(), pred, retain_graph=True)
+        units = torch.eye(len(losses), device=device, dtype=losses.dtype)
+        grads = torch.func.vmap(lambda unit: torch.autograd.grad(losses, pred, unit, retain_graph=True)[0])(units)
+        self.assert_close(grads.sum(0), expected)
+
+    def test_feature_changes_before_backward(self, device):
+        # the logits may change once the loss is there; labels that a second backward would need may not, unnoticed
+        pred, target = make_inputs(device, torch.float64, (3, 5, 6))
+        leaf = pred.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(lovasz_hinge_loss(leaf, target), leaf)
+        logits = leaf.clone()
+        loss = lovasz_hinge_loss(logits, target)
+        with torch.no_grad():
+            logits.sigmoid_()
+        is_direct = "Direct" in str(loss.grad_fn)
+        if is_direct:
+            loss.backward()
+            self.assert_close(leaf.grad, expected)
+        loss = lovasz_hinge_loss(leaf, target)
+        (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        target.zero_()
+        if is_direct:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, leaf)
+        else:
+            self.assert_close(torch.autograd.grad(loss, leaf)[0], first)
+
     def test_feature_repeated_backward(self, device, dtype):
         pred, target = make_inputs(device, dtype)
         pred.requires_grad_()

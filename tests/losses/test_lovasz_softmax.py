@@ -455,6 +455,38 @@ class TestLovaszSoftmaxLoss(BaseTester):
                 difference = (grad - results[0][1]).norm() / results[0][1].norm()
                 assert difference < (1e-5 if dtype == torch.float32 else 1e-12)
 
+    def test_feature_batched_gradients(self, device):
+        # torch.func.vmap over torch.autograd.grad, as its documentation has it
+        pred, target = make_inputs(device, torch.float64, (3, 4, 5, 6))
+        pred.requires_grad_()
+        losses = lovasz_softmax_loss(pred, target, reduction="none")
+        (expected,) = torch.autograd.grad(losses.sum(), pred, retain_graph=True)
+        units = torch.eye(len(losses), device=device, dtype=losses.dtype)
+        grads = torch.func.vmap(lambda unit: torch.autograd.grad(losses, pred, unit, retain_graph=True)[0])(units)
+        self.assert_close(grads.sum(0), expected)
+
+    def test_feature_changes_before_backward(self, device):
+        # the logits may change once the loss is there; labels that a second backward would need may not, unnoticed
+        pred, target = make_inputs(device, torch.float64, (3, 4, 5, 6))
+        leaf = pred.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(lovasz_softmax_loss(leaf, target), leaf)
+        logits = leaf.clone()
+        loss = lovasz_softmax_loss(logits, target)
+        with torch.no_grad():
+            logits.sigmoid_()
+        is_direct = "Direct" in str(loss.grad_fn)
+        if is_direct:
+            loss.backward()
+            self.assert_close(leaf.grad, expected)
+        loss = lovasz_softmax_loss(leaf, target)
+        (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        target.zero_()
+        if is_direct:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, leaf)
+        else:
+            self.assert_close(torch.autograd.grad(loss, leaf)[0], first)
+
     def test_feature_repeated_backward(self, device, dtype):
         pred, target = make_inputs(device, dtype)
         pred.requires_grad_()
