@@ -68,7 +68,7 @@ def table() -> str:
             times = (1000 * seconds(sizes, ranks, latency, bandwidth) for _, latency, bandwidth in LINKS)
             lines.append(f"     - {' / '.join(f'{time:.1f}' for time in times)} ms")
     assumed = ", and ".join(f"{1e6 * latency:g} µs and {rate / 1e9:g} GB/s ({name})" for name, latency, rate in LINKS)
-    note = f"Three collectives a step, by the faster of a ring and a tree. Assumed for a message: {assumed}."
+    note = f"{len(sizes)} collectives a step, by the faster of a ring and a tree. Assumed for a message: {assumed}."
     return "\n".join([*lines, "", note, ""])
 
 

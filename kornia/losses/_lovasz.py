@@ -222,11 +222,9 @@ class _Direct(torch.autograd.Function):
     ) -> Tensor:
         losses, gradient = direct(logits, *others, with_gradient=True)
         ctx.traced, ctx.direct, ctx.options = traced, direct, options
-        if options.group is None:
-            ctx.gradient = gradient
-            ctx.save_for_backward(logits, *others)
-        else:  # a second backward must not need the other processes, which may not run one
-            ctx.save_for_backward(logits, *others, gradient)
+        # In a group it is kept: a second backward must not need the other processes, which may not run one.
+        ctx.gradient, kept = (gradient, None) if options.group is None else (None, gradient)
+        ctx.save_for_backward(kept, logits, *others)
         return options.reduce(losses)
 
     @staticmethod
@@ -238,17 +236,17 @@ class _Direct(torch.autograd.Function):
         batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss) or torch._C._are_functorch_transforms_active()
         if torch.is_grad_enabled() or batched or _is_dual(grad_loss):
             # A derivative of the gradient, or many gradients at once.
-            logits, *others = ctx.saved_tensors
+            _, logits, *others = ctx.saved_tensors
             create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
-                loss = ctx.options.reduce(ctx.traced(logits, *others[: len(ctx.needs_input_grad) - 4]))
+                loss = ctx.options.reduce(ctx.traced(logits, *others))
             return torch.autograd.grad(loss, logits, grad_loss, create_graph=create_graph)[0]
         if ctx.options.group is not None:
-            return ctx.saved_tensors[-1] * grad_loss
+            return ctx.saved_tensors[0] * grad_loss
         # The buffer is handed out, to be neither copied nor kept. It has to be filled again for a second backward.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            gradient = ctx.direct(*ctx.saved_tensors, with_gradient=True)[1]
+            gradient = ctx.direct(*ctx.saved_tensors[1:], with_gradient=True)[1]
         # Most often the factors are 1, as the gradient includes the divisor of the mean.
         factors = grad_loss.view(-1)
         if not _is_local(gradient) or any(factor != 1.0 for factor in factors.tolist()):

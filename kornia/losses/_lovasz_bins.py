@@ -113,18 +113,17 @@ def rank_by_bins(
             return slots.bincount(minlength=num_counts)
         return total.new_zeros(num_counts).scatter_add(0, slots.long(), total.new_ones(()).expand_as(slots))
 
-    def in_parts(step: Callable[..., Tensor], *tensors: Tensor, over: Tensor) -> Tensor:
-        """What ``step`` makes of tensors, all at once or, written over a tensor, a part of the pixels at a time."""
+    def in_parts(step: Callable[..., Tensor], *tensors: Tensor, dtype: torch.dtype, over: Optional[Tensor]) -> Tensor:
+        """What ``step`` makes of tensors, by parts of the pixels; written over a tensor if that is as wide."""
         if width == count:
             return step(*tensors)
-        for *part, result in zip(*map(split, (*tensors, over))):
+        fits = over is not None and over.element_size() == dtype.itemsize
+        results = over.view(dtype) if fits else torch.empty_like(errors, dtype=dtype)
+        for *part, result in zip(*map(split, (*tensors, results))):
             result.copy_(step(*part))
-        return over
+        return results
 
-    # Slots, float32 errors and weights have the same width.
-    fits = errors.dtype == torch.float32
-    buffer = errors.view(torch.int32) if overwrite and fits else torch.empty_like(errors, dtype=torch.int32)
-    slots = in_parts(slots_of, errors, foreground, over=buffer)
+    slots = in_parts(slots_of, errors, foreground, dtype=torch.int32, over=errors if overwrite else None)
     counts = reduce(torch.add, map(counts_of, split(slots)))
     if group is not None:
         counts = torch.cat([counts, total])
@@ -135,7 +134,7 @@ def rank_by_bins(
     def weights_of(slots: Tensor) -> Tensor:
         return table.index_select(0, slots.flatten()).view(slots.shape)
 
-    weights = in_parts(weights_of, slots, over=slots.view(errors.dtype) if fits else torch.empty_like(errors))
+    weights = in_parts(weights_of, slots, dtype=errors.dtype, over=slots)
     if largest_at is not None:  # of an absent class, the largest error alone counts
         alone = total == 0 if is_owner is None else (total == 0) & is_owner
         weights.scatter_add_(1, largest_at, alone.unsqueeze(1).to(weights.dtype))

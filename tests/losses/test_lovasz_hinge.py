@@ -84,7 +84,6 @@ def ranking(request, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGE", 130 if request.param == "small" else 0)
     monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGES", 130)
-    monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
     monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
     monkeypatch.setattr("kornia.losses._lovasz._SLAB", 500)
     if request.param == "traced":
