@@ -320,11 +320,6 @@ def _order_by_digits(keys: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rows(tensor: Tensor, per_image: bool) -> Tensor:
-    """Rows to rank ``(R, *)`` from those of each image ``(B, M, N)``."""
-    return tensor.flatten(0, 1) if per_image else tensor.transpose(0, 1).flatten(1)
-
-
 def _rank(errors: Tensor, foreground: Tensor, options: Options, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Weights of rows of errors ``(R, N)``, and which rows have foreground ``(R,)``.
 
@@ -335,7 +330,7 @@ def _rank(errors: Tensor, foreground: Tensor, options: Options, overwrite: bool 
     eager = _is_eager(errors)
     if options.num_bins is not None:
         # Fewer at a time would need less memory, but CUDA takes some time for each step.
-        slab = max(_SLAB // (16 if _is_local(errors) else 4), errors.numel() // 16) if eager else None
+        slab = max(_SLAB // (32 if _is_local(errors) else 4), errors.numel() // 16) if eager else None
         weights, total = rank_by_bins(errors, foreground, options.num_bins, options.group, slab, overwrite=overwrite)
         return weights, total > 0
     if eager and errors.numel() > max(_SLAB, errors.shape[1]):
@@ -517,24 +512,24 @@ def _rank_softmax(
     labels: Tensor, valid: Optional[Tensor], options: Options, probabilities: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Weights ``(B, C, N)`` of probabilities of that shape, and which classes are present, bool ``(groups, C)``."""
-    batch, num_classes, count = probabilities.shape
-    labels = labels.flatten(1).unsqueeze(1)
-    foreground = labels == torch.arange(num_classes, device=labels.device).unsqueeze(-1)
+    num_classes = probabilities.shape[1]
+    # The classes come before the pixels of a group, as in the rows to rank: to reorder the errors would copy them.
+    dim = 1 if options.per_image else 0
+    labels = labels.flatten(1).unsqueeze(dim)
+    foreground = labels == torch.arange(num_classes, device=labels.device).view(-1, 1, 1).movedim(0, dim)
     if valid is not None:
-        valid = valid.flatten(1).unsqueeze(1)
+        valid = valid.flatten(1).unsqueeze(dim)
         foreground = foreground & valid
-    errors = probabilities.masked_fill(foreground, 0.0)
-    errors.scatter_(1, labels, errors.sum(1, keepdim=True))
+    errors = torch.where(foreground, 0.0, probabilities.movedim(1, dim))
+    errors.scatter_(dim, labels, errors.sum(dim, keepdim=True))
     if valid is not None:
         errors.masked_fill_(~valid, -1.0)
-    errors, foreground = _rows(errors, options.per_image), _rows(foreground, options.per_image)
-    if _is_local(errors) and options.group is None and errors.numel() > 0:
-        weights, present = _rank_present(errors, foreground, options)
+    rows, foreground = (tensor.flatten(1 - dim, 2 - dim) for tensor in (errors, foreground))
+    if _is_local(rows) and options.group is None and rows.numel() > 0:
+        weights, present = _rank_present(rows, foreground, options)
     else:
-        weights, present = _rank(errors, foreground, options, overwrite=True)
-    if options.per_image:
-        return weights.view(batch, num_classes, count), present.view(batch, num_classes)
-    return weights.view(num_classes, batch, count).transpose(0, 1), present.unsqueeze(0)
+        weights, present = _rank(rows, foreground, options, overwrite=True)
+    return weights.view(errors.shape).movedim(dim, 1), present.view(-1, num_classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def rank_by_bins(
     smallest, largest = smallest * (1 - 2.0**-20), (largest * (1 + 2.0**-20)).clamp(max=_MOST)
     scale = (num_bins + 0.5) / (largest - smallest).clamp(min=_NARROWEST)
 
-    may_be_absent = not is_local or group is not None or bool((total == 0).any())
+    may_be_absent = not is_local or group is not None or not total.all()
     largest_at = errors.argmax(1, keepdim=True) if may_be_absent else None
 
     # The slots of a row are those of its background, then those of its foreground.
