@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 COLOURS = {
     "this fork": "#2a6f97",
     "this fork, 1024 bins": "#61b5d9",
+    "this fork, in a group": "#1b4332",
     "cross-entropy": "#6c757d",
     "Kornia 0.9.0": "#b23a48",
     "textbook": "#e07a1f",
@@ -51,7 +52,7 @@ def draw(raw: Path, path: Path) -> None:
         last = max(row[name]["gradient"] for row in results["errors"].values())
         error.annotate("the others coincide", (sides[-1], last), (-14, -2), textcoords="offset points", ha="right")
         figure.legend(
-            *cost.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=10
+            *cost.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10
         )
         machine = results["machine"]
         note = f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}"

@@ -1,4 +1,4 @@
-"""What is compared: each entry maps logits and labels to a loss, averaged over images."""
+"""What is compared: each entry maps logits and labels to a loss, averaged over images but for that in a group."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
@@ -19,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 from fork.compose import fetch_release, load_release_module  # noqa: E402 - found through the line above
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-OURS, BINNED, BASELINE, RELEASE = "this fork", "this fork, 1024 bins", "cross-entropy", "Kornia 0.9.0"
+OURS, BINNED, GROUPED = "this fork", "this fork, 1024 bins", "this fork, in a group"
+BASELINE, RELEASE = "cross-entropy", "Kornia 0.9.0"
 
 
 def textbook_terms(errors: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
@@ -70,6 +72,13 @@ def peers() -> dict[str, dict[str, Loss]]:
     return found
 
 
+@functools.cache
+def group_of_one() -> dist.ProcessGroup:
+    """A group without another process: what the loss of a global batch costs besides the network."""
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD
+
+
 def implementations(kind: str) -> dict[str, Loss]:
     """Implementations of one kind of loss, "softmax" or "hinge", under the names that the tables show."""
     wheel = fetch_release(ROOT)
@@ -78,6 +87,7 @@ def implementations(kind: str) -> dict[str, Loss]:
     return {
         OURS: ours,
         BINNED: functools.partial(ours, num_bins=1024),
+        GROUPED: functools.partial(ours, num_bins=1024, per_image=False, group=group_of_one()),
         BASELINE: F.cross_entropy if kind == "softmax" else binary_cross_entropy,
         RELEASE: getattr(release, f"lovasz_{kind}_loss"),
         "textbook": textbook_softmax if kind == "softmax" else textbook_hinge,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from figure import draw
-from implementations import BASELINE, OURS, RELEASE, implementations, textbook_hinge, textbook_terms
+from implementations import BASELINE, GROUPED, OURS, RELEASE, implementations, textbook_hinge, textbook_terms
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -153,7 +153,7 @@ def hinge_errors(side: int, device: torch.device) -> dict[str, dict[str, float]]
     (expected_gradient,) = torch.autograd.grad(expected, reference)
     errors = {}
     for name, loss in implementations("hinge").items():
-        if name != BASELINE:
+        if name not in (BASELINE, GROUPED):  # the bins in a group are those without
             leaf = pred.clone().requires_grad_()
             value = loss(leaf, target)
             (gradient,) = torch.autograd.grad(value, leaf)
