@@ -111,6 +111,8 @@ def hinge_loss(logits: Tensor, labels: Tensor, valid: Optional[Tensor], options:
         valid: bool ``(B, N)``, False for the pixels to ignore, or None.
         options: how to group, reduce and rank.
     """
+    if not options.per_image:
+        labels, valid = labels.reshape(1, -1), None if valid is None else valid.reshape(1, -1)
     traced, direct = partial(_hinge_traced, options), partial(_hinge_direct, options)
     return _reduced_losses(traced, direct, options, logits, labels, valid)
 
@@ -361,15 +363,13 @@ def _rank_rows(errors: Tensor, foreground: Tensor) -> Tensor:
 
 
 def _hinge_traced(options: Options, logits: Tensor, labels: Tensor, valid: Optional[Tensor]) -> Tensor:
-    """Losses of the groups."""
-    shape = labels.shape if options.per_image else (1, labels.numel())
-    rows, labels = logits.reshape(shape), labels.reshape(shape)
+    """Losses of the groups, which are the rows of labels ``(R, N)``."""
+    rows = logits.reshape(labels.shape)
     foreground = labels == 1
     # The error is 1 + margin. Ranking the margins spares it the rounding of the sum.
     margins = torch.where(foreground, -rows, rows)
     errors = (1.0 + margins).relu()
     if valid is not None:
-        valid = valid.reshape(shape)
         errors = errors.masked_fill(~valid, 0.0)
         margins = margins.masked_fill(~valid, float("-inf"))
     keys = (margins if options.num_bins is None else errors).detach()
@@ -382,16 +382,14 @@ def _hinge_traced(options: Options, logits: Tensor, labels: Tensor, valid: Optio
 def _hinge_direct(
     options: Options, logits: Tensor, labels: Tensor, valid: Optional[Tensor], with_gradient: bool
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Losses of the groups and their gradient."""
-    shape = labels.shape if options.per_image else (1, labels.numel())
-    rows, labels = logits.reshape(shape), labels.reshape(shape)
-    valid = None if valid is None else valid.reshape(shape)
+    """The same, and their gradient ``(B, 1, H, W)``."""
+    rows = logits.reshape(labels.shape)
     divisor = options.divisor(logits.shape[0])
     if _is_local(logits) and options.group is None:
-        if shape[1] > _SMALL_IMAGE:
+        if rows.shape[1] > _SMALL_IMAGE:
             losses, gradient = _hinge_sparse(rows, labels, valid, divisor, options.num_bins, with_gradient)
             return losses, None if gradient is None else gradient.view_as(logits)
-        size = max(1, _SMALL_IMAGES // shape[1])
+        size = max(1, _SMALL_IMAGES // rows.shape[1])
     else:
         size = len(rows)
     if len(rows) <= size:
