@@ -121,8 +121,7 @@ def run_job(job: dict, path: Path) -> int:
     data = task_data(job["task"], seed)
     for arm, rates in job["runs"]:
         first, _, second = arm.partition(">")
-        torch.manual_seed(seed)
-        model = build_network(task, channels=1)
+        model = initial_network(task, seed)
         if second:
             seconds = [first_stage(model, job["task"], seed, rates[0], data["train"])]
             loss = make_loss(task, second)
@@ -136,6 +135,12 @@ def run_job(job: dict, path: Path) -> int:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     return len(job["runs"])
+
+
+def initial_network(task: Task, seed: int) -> torch.nn.Module:
+    """The network with the first weights of a seed."""
+    torch.manual_seed(seed)
+    return build_network(task, channels=1)
 
 
 def first_stage(model: torch.nn.Module, task_name: str, seed: int, rate: float, data: Split) -> float:

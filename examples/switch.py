@@ -7,9 +7,19 @@ import copy
 import csv
 
 import torch
-from evidence import RESULTS, SWEEP_SEED, best_rate, first_stage, make_loss, read, task_data, tried_rates
+from evidence import (
+    RESULTS,
+    SWEEP_SEED,
+    best_rate,
+    first_stage,
+    initial_network,
+    make_loss,
+    read,
+    task_data,
+    tried_rates,
+)
 from evidence import TASKS as EVIDENCE_TASKS
-from segment import Stage, build_network, evaluate
+from segment import Stage, evaluate
 
 TASK = "looped digits"
 SEEN = (5, 10, 20, 40)
@@ -19,8 +29,7 @@ def main() -> None:
     """Begin a second stage with each loss, at each rate, with the rate rising from nearly 0 or full from the start."""
     torch.set_num_threads(1)
     task, data = EVIDENCE_TASKS[TASK], task_data(TASK, SWEEP_SEED)
-    torch.manual_seed(SWEEP_SEED)  # as in evidence.py, where the first stage has not been kept
-    model = build_network(task, channels=1)
+    model = initial_network(task, SWEEP_SEED)
     first_stage(
         model, TASK, SWEEP_SEED, best_rate(tried_rates(read(RESULTS / "sweep.jsonl"))[TASK, "ce"]), data["train"]
     )
