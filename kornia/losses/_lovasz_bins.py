@@ -23,12 +23,18 @@ processes.
 
 from __future__ import annotations
 
+import zlib
 from functools import reduce
-from typing import Callable, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 import torch
 import torch.distributed
 from torch import Tensor
+
+from ._eager import is_eager
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # From the smallest error to the largest, the width of the narrow bins doubles this many times.
 _OCTAVES = 24
@@ -37,14 +43,13 @@ _MANTISSA_BITS = 23
 _NARROWEST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
 
 
+def _slab_size(errors: Tensor) -> int:
+    """How many errors to handle at a time, which takes some 40 bytes for each; CUDA takes some time for each step."""
+    return 1 << (18 if errors.device.type == "cpu" else 24)
+
+
 def rank_by_bins(
-    errors: Tensor,
-    foreground: Tensor,
-    num_bins: int,
-    group: Optional[torch.distributed.ProcessGroup] = None,
-    slab: Optional[int] = None,
-    total: Optional[Tensor] = None,
-    overwrite: bool = False,
+    errors: Tensor, foreground: Tensor, num_bins: int, group: Optional[ProcessGroup] = None, kind: tuple = ()
 ) -> tuple[Tensor, Tensor]:
     """Weights of rows of errors ``(R, N)``.
 
@@ -55,114 +60,90 @@ def rank_by_bins(
         foreground: bool ``(R, N)``.
         num_bins: the number of bins of equal width in a row.
         group: the processes whose rows are parts of one row, or None.
-        slab: how many errors to rank at a time, which takes some 40 bytes for each, where the values of a tensor may
-            decide what is computed. None: all, as they may not.
-        total: the foreground size of each row, int64 ``(R,)``, if foreground with an error of 0 has been left out, as
-            it can be without a group.
-        overwrite: whether the errors may be overwritten, which spares memory.
+        kind: what the processes of the group must have in common besides the bins and the rows.
 
     Returns:
         the weights ``(R, N)``, and the foreground size of each row in all processes, int64 ``(R,)``.
     """
     rows, count = errors.shape
-    if errors.numel() == 0 and group is None:
-        return torch.zeros_like(errors), foreground.sum(1) if total is None else total
-    if count == 0:  # without a pixel, this process still takes part
-        pixel = torch.nn.functional.pad
-        weights, total = rank_by_bins(pixel(errors, (0, 1)), pixel(foreground, (0, 1)), num_bins, group)
+    if errors.numel() == 0:
+        if group is None:
+            return torch.zeros_like(errors), foreground.sum(1)
+        pixel = torch.nn.functional.pad  # without a pixel, this process still takes part
+        weights, total = rank_by_bins(pixel(errors, (0, 1)), pixel(foreground, (0, 1)), num_bins, group, kind)
         return weights[:, :0], total
-    is_local = slab is not None and errors.device.type == "cpu"  # where to consult a value costs nothing
-    width = count if slab is None or errors.numel() <= slab else max(1, slab // rows)
+    num_slots = _num_slots(num_bins)
+    step = max(1, 16 * _slab_size(errors) // num_slots)  # many small images have larger tables than pixels
+    if group is None and is_eager(errors) and rows > step:
+        parts = [rank_by_bins(*part, num_bins) for part in zip(errors.split(step), foreground.split(step))]
+        return torch.cat([weights for weights, _ in parts]), torch.cat([total for _, total in parts])
 
-    def split(tensor: Tensor) -> Sequence[Tensor]:
-        return (tensor,) if width == count else tensor.split(width, 1)
-
-    counted = reduce(torch.add, [part.sum(1) for part in split(foreground)])  # each makes an int64 copy on the CPU
-    smallest, largest = _ranges(split(errors), split(foreground))
-    if total is None:
-        total = counted
-    else:
-        smallest = smallest.masked_fill((counted < total).unsqueeze(1), 0.0)
+    width = max(1, _slab_size(errors) // rows) if is_eager(errors) else count
+    parts = list(zip(errors.split(width, 1), foreground.split(width, 1)))
+    smallest, largest = _ranges(parts)
     is_owner = None
     if group is not None:
+        _check_agreement((rows, num_bins, *kind), errors.device, group)
         smallest, largest, is_owner = _ranges_of_group(smallest, largest, group)
     # Both ends are moved outwards, where the smallest itself must be above the first slot and rounding to float32 may
     # have lowered the largest. There is one bin more, for rounding.
     smallest, largest = smallest * (1 - 2.0**-20), (largest * (1 + 2.0**-20)).clamp(max=_MOST)
     scale = (num_bins + 0.5) / (largest - smallest).clamp(min=_NARROWEST)
-
-    may_be_absent = not is_local or group is not None or not total.all()
-    largest_at = errors.argmax(1, keepdim=True) if may_be_absent else None
-
     # The slots of a row are those of its background, then those of its foreground.
-    num_slots = _num_slots(num_bins)
-    num_counts = rows * 2 * num_slots
-    if num_counts > torch.iinfo(torch.int32).max:
-        raise ValueError(f"num_bins must leave room for {rows} classes of images in 32-bit tables. Got: {num_bins}")
-    starts = None
-    if rows > 1:
-        starts = torch.arange(0, num_counts, 2 * num_slots, dtype=torch.int32, device=errors.device).unsqueeze(1)
+    starts = torch.arange(0, rows * 2 * num_slots, 2 * num_slots, device=errors.device).unsqueeze(1)
 
     def slots_of(errors: Tensor, foreground: Tensor) -> Tensor:
-        slots = _slots((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots)
-        return slots if starts is None else slots + starts
+        return (_slots((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots) + starts).flatten()
 
-    def counts_of(slots: Tensor) -> Tensor:
-        slots = slots.flatten()
-        if is_local:
-            return slots.bincount(minlength=num_counts)
-        return total.new_zeros(num_counts).scatter_add(0, slots.long(), total.new_ones(()).expand_as(slots))
-
-    def in_parts(step: Callable[..., Tensor], *tensors: Tensor, dtype: torch.dtype, over: Optional[Tensor]) -> Tensor:
-        """What ``step`` makes of tensors, by parts of the pixels; written over a tensor if that is as wide."""
-        if width == count:
-            return step(*tensors)
-        fits = over is not None and over.element_size() == dtype.itemsize
-        results = over.view(dtype) if fits else torch.empty_like(errors, dtype=dtype)
-        for *part, result in zip(*map(split, (*tensors, results))):
-            result.copy_(step(*part))
-        return results
-
-    slots = in_parts(slots_of, errors, foreground, dtype=torch.int32, over=errors if overwrite else None)
-    counts = reduce(torch.add, map(counts_of, split(slots)))
+    counts = torch.zeros(rows * 2 * num_slots, dtype=torch.int64, device=errors.device)
+    one = torch.ones((), dtype=torch.int64, device=errors.device)
+    for part in parts:
+        slots = slots_of(*part)
+        counts = counts.scatter_add(0, slots, one.expand_as(slots))
     if group is not None:
-        counts = torch.cat([counts, total])
         torch.distributed.all_reduce(counts, group=group)
-        counts, total = counts[:-rows], counts[-rows:]
-    table = _weights(counts.view(rows, 2, num_slots), total).to(errors.dtype).flatten()
-
-    def weights_of(slots: Tensor) -> Tensor:
-        return table.index_select(0, slots.flatten()).view(slots.shape)
-
-    weights = in_parts(weights_of, slots, dtype=errors.dtype, over=slots)
-    if largest_at is not None:  # of an absent class, the largest error alone counts
-        alone = total == 0 if is_owner is None else (total == 0) & is_owner
-        weights.scatter_add_(1, largest_at, alone.unsqueeze(1).to(weights.dtype))
-    return weights, total
+    table, total = _weights(counts.view(rows, 2, num_slots), errors.dtype)
+    table = table.flatten()
+    weights = [table.index_select(0, slots_of(*part)).view(part[0].shape) for part in parts]
+    # Of an absent class, the largest error alone counts.
+    alone = total == 0 if is_owner is None else (total == 0) & is_owner
+    alone = alone.unsqueeze(1).to(errors.dtype)
+    return torch.cat(weights, 1).scatter_add(1, errors.argmax(1, keepdim=True), alone), total
 
 
-def _ranges(errors: Sequence[Tensor], foreground: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _ranges(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The smallest error of the foreground and the largest of the background of each row, float32 ``(R, 1)``.
 
     The largest finite number stands for what is larger, and for the smallest error of no foreground.
 
     Args:
-        errors: parts of the rows ``(R, *)``.
-        foreground: bool, the same parts.
+        parts: of the rows, the errors ``(R, *)`` and where the foreground is.
     """
     smallest, largest = [], []
-    for part, in_foreground in zip(errors, foreground):
+    for errors, foreground in parts:
         # 0 on the foreground and the largest number on the background: cheaper than to select by a mask.
-        bound = (~in_foreground).to(part.dtype) * _MOST
-        smallest.append(part.maximum(bound).amin(1, keepdim=True))
-        largest.append(part.minimum(bound).amax(1, keepdim=True))
+        bound = (~foreground).to(errors.dtype) * _MOST
+        smallest.append(errors.maximum(bound).amin(1, keepdim=True))
+        largest.append(errors.minimum(bound).amax(1, keepdim=True))
     lowest, highest = reduce(torch.minimum, smallest), reduce(torch.maximum, largest)
     return lowest.to(torch.float32).clamp(max=_MOST), highest.to(torch.float32)
 
 
-def _ranges_of_group(
-    smallest: Tensor, largest: Tensor, group: torch.distributed.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check_agreement(settings: tuple, device: torch.device, group: ProcessGroup) -> None:
+    """Raise in all processes of a group unless they rank alike; only on the CPU, as CUDA would wait for the device."""
+    if device.type == "cpu":
+        code = zlib.crc32(repr(settings).encode())
+        codes = torch.tensor([code, -code], device=device)
+        torch.distributed.all_reduce(codes, torch.distributed.ReduceOp.MAX, group=group)
+        if codes[0] != -codes[1]:
+            raise ValueError(
+                "all processes of group must call the same loss, with the same number of classes and the same classes, "
+                f"per_image and num_bins. Here: {settings[2]}, {settings[0]} classes, num_bins={settings[1]}, "
+                f"classes={settings[3:]}"
+            )
+
+
+def _ranges_of_group(smallest: Tensor, largest: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """The same over the processes of a group, and whether the largest is in this process, bool ``(R,)``."""
     # The order of positive numbers is the order of their bits. Of equal ones, the process of the lowest rank wins.
     others = torch.distributed.get_world_size(group) - torch.distributed.get_rank(group)
@@ -205,18 +186,20 @@ def _slots(positions: Tensor, num_bins: int) -> Tensor:
     return bits.view(torch.float32).ceil().to(torch.int32) + ((bits - first).clamp(min=0) >> within)
 
 
-def _weights(counts: Tensor, total: Tensor) -> Tensor:
-    """Weights of the background and the foreground of each slot, float64; see the top of this file.
+def _weights(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights of the background and the foreground of each slot ``(R, 2, slots)``, and the foreground size ``(R,)``.
 
     Args:
         counts: the background and foreground pixels in each slot, int64 ``(R, 2, slots)``.
-        total: the foreground size, int64 ``(R,)``.
+        dtype: of the weights. What is divided are integers, so that no number needs more precision than that.
     """
     background, foreground = counts.unbind(1)
-    alarms, missed = counts.cumsum(-1, dtype=torch.float64).unbind(1)
-    # In descending order, the foreground not passed before a slot, and the union before and after its background.
-    rest = missed + (total.unsqueeze(1) - missed[:, -1:])
+    alarms, missed = counts.cumsum(-1).unbind(1)
+    total = missed[:, -1]
+    # In descending order, the union before and after the background of a slot; missed is the foreground not passed
+    # before it, as the slots are in ascending order.
     first = (alarms[:, -1:] + total.unsqueeze(1) - alarms).clamp(min=1)
     last = first + background
-    means = torch.stack([rest.sub(foreground, alpha=0.5), first.add(background, alpha=0.5)], 1)
-    return means / (first * last).unsqueeze(1)
+    # Twice the mean of the foreground not passed before and after the slot, and of the two unions.
+    means = torch.stack([2 * missed - foreground, first + last], 1).to(dtype)
+    return means / (2 * first).unsqueeze(1) / last.unsqueeze(1), total

@@ -4,51 +4,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kornia.core.check import KORNIA_CHECK_SHAPE
-from kornia.core.utils import is_compiling
-
-from ._lovasz import Options, hinge_loss, mask_labels
+from ._labels import binary_labels, check_pair
+from ._lovasz_dispatch import hinge_loss
+from ._lovasz_options import LovaszModule, Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-def _check_binary(labels: Tensor, ignore_index: Optional[int]) -> None:
-    """Raise for CPU labels other than 0 and 1; on CUDA the check would wait for the device."""
-    if labels.device.type != "cpu" or torch._C._are_functorch_transforms_active():
-        return
-    binary = (labels == 0) | (labels == 1)
-    expected = "target must hold 0 for the background and 1 for the foreground"
-    if ignore_index is not None:
-        expected += f", or ignore_index={int(ignore_index)} for pixels to ignore"
-    if is_compiling():
-        torch._assert_async(binary.all(), expected)
-    elif not binary.all():
-        raise ValueError(f"{expected}. Got: {labels[~binary].unique()[:5].tolist()}")
-
-
-def _check_pair(pred: Tensor, target: Tensor) -> None:
-    """Raise unless there are logits of one class, and labels of the same images."""
-    KORNIA_CHECK_SHAPE(pred, ["B", "1", "H", "W"])
-    KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
-    if not (pred.shape[0] == target.shape[0] and pred.shape[-2:] == target.shape[-2:]):
-        raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
-    if not pred.device == target.device:
-        raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
-
-
-def _binary_labels(target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
-    """Checked labels, 0 where they are to be ignored, and where they are not: None if that is everywhere."""
-    # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
-    labels = target if target.is_floating_point() else target.to(torch.int64)
-    labels, valid = mask_labels(labels, 2, ignore_index)
-    if labels.requires_grad:  # gradcheck moves them a little: what is not 1 counts as background
-        labels = labels == 1
-    elif valid is not None or ignore_index is None:  # otherwise mask_labels has seen that all are 0 and 1
-        _check_binary(labels, ignore_index)
-    return labels, valid
 
 
 def lovasz_hinge_loss(
@@ -128,17 +91,16 @@ def lovasz_hinge_loss(
         tensor(0.6250)
 
     """
-    _check_pair(pred, target)
-    options = Options(per_image, reduction, num_bins, group)
-    options.check()
+    check_pair(pred, target, "1")
+    options = Options(ignore_index, per_image, reduction, num_bins, group).checked()
 
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
-    labels, valid = _binary_labels(target.flatten(1), ignore_index)
+    labels, valid = binary_labels(target.flatten(1).unsqueeze(1), options.ignore_index)
     loss = hinge_loss(logits, labels, valid, options)
-    return loss.to(pred.dtype) if pred.is_floating_point() else loss
+    return loss if torch.is_autocast_enabled(pred.device.type) or not pred.is_floating_point() else loss.to(pred.dtype)
 
 
-class LovaszHingeLoss(nn.Module):
+class LovaszHingeLoss(LovaszModule):
     r"""Lovász hinge loss: a convex surrogate of the intersection over union (IoU) of one foreground class.
 
     The module form of :func:`~kornia.losses.lovasz_hinge_loss`, which says what is computed, what each option means
@@ -174,12 +136,7 @@ class LovaszHingeLoss(nn.Module):
         num_bins: Optional[int] = None,
         group: Optional[ProcessGroup] = None,
     ) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-        self.per_image = per_image
-        self.reduction = reduction
-        self.num_bins = num_bins
-        self.group = group
+        super().__init__(Options(ignore_index, per_image, reduction, num_bins, group))
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Compute the loss.
@@ -191,12 +148,4 @@ class LovaszHingeLoss(nn.Module):
         Returns:
             the loss, reduced as chosen.
         """
-        return lovasz_hinge_loss(
-            pred,
-            target,
-            ignore_index=self.ignore_index,
-            per_image=self.per_image,
-            reduction=self.reduction,
-            num_bins=self.num_bins,
-            group=self.group,
-        )
+        return lovasz_hinge_loss(pred, target, **self.options)

@@ -6,27 +6,33 @@ from typing import TYPE_CHECKING, Optional, Sequence, Union
 import torch
 from torch import Tensor, nn
 
-from kornia.core.check import KORNIA_CHECK, KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
+from kornia.core.check import KORNIA_CHECK, KORNIA_CHECK_IS_TENSOR
 
-from ._lovasz import Options, mask_labels, softmax_loss
-from .one_hot import _check_class_labels
+from ._labels import check_pair, class_labels
+from ._lovasz_dispatch import softmax_loss
+from ._lovasz_options import LovaszModule, Options, checked_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _check_classes(classes: Union[str, Sequence[int]], num_classes: int) -> None:
-    if isinstance(classes, str):
-        if classes not in ("all", "present"):
-            raise ValueError(f"classes must be 'all', 'present' or a sequence of class indices. Got: {classes!r}")
-        return
-    indices = list(classes)
-    if len(indices) == 0:
-        raise ValueError("classes must name at least one class. Got an empty sequence")
-    if not all(isinstance(c, int) and not isinstance(c, bool) and 0 <= c < num_classes for c in indices):
-        raise ValueError(f"classes must hold integers in [0, {num_classes}), the classes of pred. Got: {indices}")
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"classes must name each class once. Got: {indices}")
+def _check_weight(weight: Tensor, pred: Tensor) -> None:
+    KORNIA_CHECK_IS_TENSOR(weight, "weight must be Tensor or None.")
+    KORNIA_CHECK(
+        weight.layout == torch.strided and not weight.is_complex(),
+        f"weight must be a dense tensor of real numbers: got {weight.layout} of {weight.dtype}",
+    )
+    KORNIA_CHECK(
+        weight.shape == (pred.shape[1],),
+        lambda: (
+            f"weight must hold one value per class of pred: got weight of shape {weight.shape} for pred of "
+            f"shape {pred.shape}"
+        ),
+    )
+    KORNIA_CHECK(
+        weight.device == pred.device,
+        f"weight and pred must be in the same device. Got: {weight.device} and {pred.device}",
+    )
 
 
 def lovasz_softmax_loss(
@@ -114,41 +120,22 @@ def lovasz_softmax_loss(
         tensor(0.0353)
 
     """
-    KORNIA_CHECK_SHAPE(pred, ["B", "N", "H", "W"])
-    KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
+    check_pair(pred, target, "N")
     num_classes = pred.shape[1]
-    if not num_classes > 1:
-        raise ValueError(f"Invalid pred shape, we expect BxNxHxW, with N > 1. Got: {pred.shape}")
-    if not ((pred.shape[0] == target.shape[0] or pred.shape[0] == 1) and pred.shape[-2:] == target.shape[-2:]):
-        raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
-    if not pred.device == target.device:
-        raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
+    dtype = pred.dtype if pred.is_floating_point() else torch.float32
     if weight is not None:
-        KORNIA_CHECK_IS_TENSOR(weight, "weight must be Tensor or None.")
-        KORNIA_CHECK(
-            weight.shape == (num_classes,),
-            lambda: (
-                f"weight must hold one value per class of pred: got weight of shape {weight.shape} for pred of "
-                f"shape {pred.shape}"
-            ),
-        )
-        KORNIA_CHECK(
-            weight.device == pred.device,
-            f"weight and pred must be in the same device. Got: {weight.device} and {pred.device}",
-        )
-    _check_classes(classes, num_classes)
-    options = Options(per_image, reduction, num_bins, group)
-    options.check()
+        _check_weight(weight, pred)
+        dtype = torch.promote_types(dtype, weight.dtype)
+    averaged = checked_classes(classes, num_classes)
+    options = Options(ignore_index, per_image, reduction, num_bins, group).checked()
 
-    logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
-    labels, valid = mask_labels(target.to(torch.int64), num_classes, ignore_index)
-    labels = _check_class_labels(labels, num_classes)
-    logits = logits.expand(labels.shape[0], -1, -1, -1)
-    loss = softmax_loss(logits, labels, valid, weight, classes, options)
-    return loss.to(pred.dtype if weight is None else torch.promote_types(pred.dtype, weight.dtype))
+    labels, valid = class_labels(target.flatten(1).unsqueeze(1), num_classes, options.ignore_index)
+    logits = pred.to(torch.promote_types(dtype, torch.float32)).expand(labels.shape[0], -1, -1, -1)
+    loss = softmax_loss(logits, labels, valid, weight, averaged, options)
+    return loss if torch.is_autocast_enabled(pred.device.type) else loss.to(dtype)
 
 
-class LovaszSoftmaxLoss(nn.Module):
+class LovaszSoftmaxLoss(LovaszModule):
     r"""Lovász-Softmax loss: a surrogate of the mean intersection over union (IoU) of several classes.
 
     The module form of :func:`~kornia.losses.lovasz_softmax_loss`, which says what is computed, what each option means
@@ -189,17 +176,19 @@ class LovaszSoftmaxLoss(nn.Module):
         num_bins: Optional[int] = None,
         group: Optional[ProcessGroup] = None,
     ) -> None:
-        super().__init__()
+        super().__init__(Options(ignore_index, per_image, reduction, num_bins, group))
+        self.classes = checked_classes(classes)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
+            if weight is not None:
+                KORNIA_CHECK_IS_TENSOR(weight, "weight must be Tensor or None.")
             self.register_buffer("weight", weight, persistent=False)
-        self.classes = classes
-        self.ignore_index = ignore_index
-        self.per_image = per_image
-        self.reduction = reduction
-        self.num_bins = num_bins
-        self.group = group
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        weight = "" if self.weight is None else f"weight of shape {tuple(self.weight.shape)}, "
+        return f"{weight}classes={self.classes!r}, {super().extra_repr()}"
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Compute the loss.
@@ -211,14 +200,4 @@ class LovaszSoftmaxLoss(nn.Module):
         Returns:
             the loss, reduced as chosen.
         """
-        return lovasz_softmax_loss(
-            pred,
-            target,
-            self.weight,
-            classes=self.classes,
-            ignore_index=self.ignore_index,
-            per_image=self.per_image,
-            reduction=self.reduction,
-            num_bins=self.num_bins,
-            group=self.group,
-        )
+        return lovasz_softmax_loss(pred, target, self.weight, classes=self.classes, **self.options)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
-from kornia.losses._lovasz import _descending_order, _is_eager
-from kornia.losses.lovasz_hinge import _binary_labels, _check_pair
+from kornia.losses._eager import is_eager as _is_eager
+from kornia.losses._labels import binary_labels as _binary_labels
+from kornia.losses._labels import check_pair
+from kornia.losses._lovasz_rank import _descending_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,7 +32,7 @@ _PIECE = 1 << 18
 
 def _prepare(pred: Tensor, target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     """Check the arguments; return the logits, where the foreground is and which pixels are valid, all ``(N,)``."""
-    _check_pair(pred, target)
+    check_pair(pred, target, "1")
     logits = pred.detach().flatten().to(torch.promote_types(pred.dtype, torch.float32))
     labels, valid = _binary_labels(target.detach().flatten(), ignore_index)
     return logits, labels == 1, valid
@@ -146,7 +148,7 @@ def _optimal_interval(logits: Tensor, foreground: Tensor) -> tuple[float, float,
         logits, foreground, skipped = _candidates(logits, foreground)
     # No threshold is below -inf.
     logits, foreground = logits[logits > float("-inf")], foreground[logits > float("-inf")]
-    order = _descending_order(logits)
+    order = _descending_order(logits.unsqueeze(0)).squeeze(0)
     descending, foreground = logits[order], foreground[order]
     # Equal logits are predicted together: after the last of them.
     last = torch.cat([descending[1:] != descending[:-1], torch.ones_like(foreground[:1])])

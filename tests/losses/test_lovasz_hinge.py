@@ -9,7 +9,7 @@ import torch
 
 from kornia.core._compat import torch_version_ge
 from kornia.core.exceptions import ShapeError
-from kornia.losses import LovaszHingeLoss, lovasz_hinge_loss
+from kornia.losses import LovaszHingeLoss, _lovasz_dispatch, lovasz_hinge_loss
 
 from testing.base import BaseTester
 
@@ -78,21 +78,28 @@ def make_distinct(device, dtype, height=3, width=5, seed=0):
     return pred.reshape(1, 1, height, width).to(device, dtype), target.reshape(1, height, width).to(device)
 
 
-@pytest.fixture(autouse=True, params=["traced", "sparse", "small"])
-def ranking(request, monkeypatch):
-    """Every test runs with each form, whatever the size of its inputs, and with the short way for small images."""
+def force_form(monkeypatch, form):
+    """Have a form compute every loss that it can: what must be traced is, and nothing is ranked where nothing is."""
+    usual = _lovasz_dispatch.form_of
+
+    def form_of(logits, *others):
+        return form if logits.numel() > 0 and usual(logits, *others) != "traced" else usual(logits, *others)
+
+    monkeypatch.setattr("kornia.losses._lovasz_dispatch.form_of", form_of)
+
+
+@pytest.fixture(autouse=True, params=["traced", "fast", "dense"])
+def form(request, monkeypatch):
+    """Every test runs with each form that computes the loss, whatever the size of its inputs, and in small slabs."""
     torch.manual_seed(0)
-    monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGE", 130 if request.param == "small" else 0)
-    monkeypatch.setattr("kornia.losses._lovasz._SMALL_IMAGES", 130)
-    monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
-    monkeypatch.setattr("kornia.losses._lovasz._SLAB", 500)
-    if request.param == "traced":
-        monkeypatch.setattr("kornia.losses._lovasz._is_direct", lambda logits: False)
-        monkeypatch.setattr("kornia.losses._lovasz._is_local", lambda tensor: False)
+    force_form(monkeypatch, request.param)
+    monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count: 500)
+    monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: 100)
+    monkeypatch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", 4)
 
 
 # Compiled code takes the traced form: comparing it with eager code is enough, once.
-sparse_only = pytest.mark.parametrize("ranking", ["sparse"], indirect=True)
+sparse_only = pytest.mark.parametrize("form", ["dense"], indirect=True)
 
 
 class TestLovaszHingeLoss(BaseTester):
@@ -379,16 +386,12 @@ class TestLovaszHingeLoss(BaseTester):
         pred, target = make_inputs(device, dtype, (2, 40, 50))
         pred = pred + torch.rand(pred.shape, device=device, dtype=dtype)
         results = []
-        pieces = [("sparse", piece, digits) for piece, digits in ((7, 4), (1000, 1 << 12), (1 << 20, 1))]
-        for form, piece, digits in (("traced", 1, 1 << 30), ("away", 1, 1 << 30), *pieces):
+        slabs = [("fast", slab, digits) for slab, digits in ((7, 4), (1000, 1 << 12), (1 << 20, 1))]
+        for form, slab, digits in (("traced", 1, 1 << 30), ("dense", 1, 1 << 30), ("dense", 1, 4), *slabs):
             with monkeypatch.context() as patch:
-                patch.setattr("kornia.losses._lovasz._MIN_PART", 50 * piece)
-                patch.setattr("kornia.losses._lovasz._PIECE", piece)
-                patch.setattr("kornia.losses._lovasz._MIN_DIGITS", digits)
-                if form != "sparse":
-                    patch.setattr("kornia.losses._lovasz._is_local", lambda tensor: False)
-                if form == "traced":
-                    patch.setattr("kornia.losses._lovasz._is_direct", lambda logits: False)
+                force_form(patch, form)
+                patch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count, slab=slab: slab)
+                patch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", digits)
                 leaf = pred.clone().requires_grad_()
                 loss = lovasz_hinge_loss(leaf, target, **options)
                 loss.backward()
@@ -416,7 +419,7 @@ class TestLovaszHingeLoss(BaseTester):
             pred = torch.where(target == 1, 4.0, -4.0).to(dtype).unsqueeze(1)
         results = []
         for least in (1 << 20, length):
-            monkeypatch.setattr("kornia.losses._lovasz._MIN_PART", least)
+            monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count, least=least: least)
             leaf = pred.clone().requires_grad_()
             loss = lovasz_hinge_loss(leaf, target)
             loss.backward()
@@ -437,7 +440,7 @@ class TestLovaszHingeLoss(BaseTester):
 
     def test_feature_right_column(self, device, monkeypatch):
         # parts are divided by a sample of the pixels, which can miss all that are wrong
-        monkeypatch.setattr("kornia.losses._lovasz._MIN_PART", 100)
+        monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count: 100)
         generator = torch.Generator().manual_seed(0)
         pred = torch.randn(1, 1, 4096, 3, generator=generator).to(device)
         target = torch.randint(0, 2, (1, 4096, 3), generator=generator).to(device)
@@ -464,7 +467,7 @@ class TestLovaszHingeLoss(BaseTester):
         loss = lovasz_hinge_loss(logits, target)
         with torch.no_grad():
             logits.sigmoid_()
-        is_direct = "Direct" in str(loss.grad_fn)
+        is_direct = "Eager" in str(loss.grad_fn)
         if is_direct:
             loss.backward()
             self.assert_close(leaf.grad, expected)

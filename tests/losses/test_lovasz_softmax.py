@@ -10,7 +10,7 @@ import torch
 
 from kornia.core._compat import torch_version_ge
 from kornia.core.exceptions import BaseError, ShapeError, TypeCheckError
-from kornia.losses import LovaszSoftmaxLoss, lovasz_softmax_loss
+from kornia.losses import LovaszSoftmaxLoss, _lovasz_dispatch, lovasz_softmax_loss
 
 from testing.base import BaseTester
 
@@ -57,21 +57,28 @@ def make_inputs(device, dtype, shape=(3, 4, 5, 6), seed=0, labels=None):
     return pred.to(device, dtype), target.to(device)
 
 
-@pytest.fixture(autouse=True, params=["traced", "sparse", "few"])
-def ranking(request, monkeypatch):
-    """Every test runs with each form, whatever the size of its inputs, and with the way of few logits."""
+def force_form(monkeypatch, form):
+    """Have a form compute every loss that it can: what must be traced is, and nothing is ranked where nothing is."""
+    usual = _lovasz_dispatch.form_of
+
+    def form_of(logits, *others):
+        return form if logits.numel() > 0 and usual(logits, *others) != "traced" else usual(logits, *others)
+
+    monkeypatch.setattr("kornia.losses._lovasz_dispatch.form_of", form_of)
+
+
+@pytest.fixture(autouse=True, params=["traced", "fast", "dense"])
+def form(request, monkeypatch):
+    """Every test runs with each form that computes the loss, whatever the size of its inputs, and in small slabs."""
     torch.manual_seed(0)
-    if request.param != "few":
-        monkeypatch.setattr("kornia.losses._lovasz._MIN_SPARSE", 0)
-    monkeypatch.setattr("kornia.losses._lovasz._MIN_DIGITS", 4)
-    monkeypatch.setattr("kornia.losses._lovasz._SLAB", 500)
-    if request.param == "traced":
-        monkeypatch.setattr("kornia.losses._lovasz._is_direct", lambda logits: False)
-        monkeypatch.setattr("kornia.losses._lovasz._is_local", lambda tensor: False)
+    force_form(monkeypatch, request.param)
+    monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count: 500)
+    monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: 100)
+    monkeypatch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", 4)
 
 
 # Compiled code takes the traced form: comparing it with eager code is enough, once.
-sparse_only = pytest.mark.parametrize("ranking", ["sparse"], indirect=True)
+sparse_only = pytest.mark.parametrize("form", ["dense"], indirect=True)
 
 
 class TestLovaszSoftmaxLoss(BaseTester):
@@ -435,15 +442,12 @@ class TestLovaszSoftmaxLoss(BaseTester):
         pred, target = make_inputs(device, dtype, (2, 5, 40, 50))
         pred = pred + torch.rand(pred.shape, device=device, dtype=dtype)
         results = []
-        pieces = [("sparse", piece, digits) for piece, digits in ((7, 4), (1000, 1 << 12), (1 << 20, 1))]
-        for form, piece, digits in (("traced", 1, 1 << 30), ("away", 1, 1 << 30), *pieces):
+        slabs = [("fast", slab, digits) for slab, digits in ((7, 4), (1000, 1 << 12), (1 << 20, 1))]
+        for form, slab, digits in (("traced", 1, 1 << 30), ("dense", 1, 1 << 30), ("dense", 1, 4), *slabs):
             with monkeypatch.context() as patch:
-                patch.setattr("kornia.losses._lovasz._PIECE", piece)
-                patch.setattr("kornia.losses._lovasz._MIN_DIGITS", digits)
-                if form != "sparse":
-                    patch.setattr("kornia.losses._lovasz._is_local", lambda tensor: False)
-                if form == "traced":
-                    patch.setattr("kornia.losses._lovasz._is_direct", lambda logits: False)
+                force_form(patch, form)
+                patch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count, slab=slab: slab)
+                patch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", digits)
                 leaf = pred.clone().requires_grad_()
                 loss = lovasz_softmax_loss(leaf, target, **options)
                 loss.backward()
@@ -474,7 +478,7 @@ class TestLovaszSoftmaxLoss(BaseTester):
         loss = lovasz_softmax_loss(logits, target)
         with torch.no_grad():
             logits.sigmoid_()
-        is_direct = "Direct" in str(loss.grad_fn)
+        is_direct = "Eager" in str(loss.grad_fn)
         if is_direct:
             loss.backward()
             self.assert_close(leaf.grad, expected)

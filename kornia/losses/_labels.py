@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of logits and labels, shared by the Lovász losses and the IoU at thresholds."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
+from kornia.core.exceptions import ShapeError
+from kornia.core.utils import is_compiling
+
+from ._eager import is_eager
+from ._utils import mask_ignore_pixels
+from .one_hot import _check_class_labels
+
+_LAYOUTS = {
+    2: "Points (N, C) with labels (N,) are one image: pass pred.T[None, :, :, None] and target[None, :, None].",
+    5: "Volumes (B, C, D, H, W) with labels (B, D, H, W): pass pred.flatten(3) and target.flatten(2).",
+}
+
+
+def check_pair(pred: Tensor, target: Tensor, channels: str) -> None:
+    """Raise unless there are logits ``(B, channels, H, W)`` and labels ``(B, H, W)`` of the same images.
+
+    Logits of several classes may have one image for all images of labels.
+    """
+    KORNIA_CHECK_IS_TENSOR(pred, "pred must be Tensor.")
+    KORNIA_CHECK_IS_TENSOR(target, "target must be Tensor.")
+    try:
+        KORNIA_CHECK_SHAPE(pred, ["B", channels, "H", "W"])
+        KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
+    except ShapeError as error:
+        if pred.ndim in _LAYOUTS:
+            error.args = (f"{error.args[0]}\n{_LAYOUTS[pred.ndim]}", *error.args[1:])
+        raise
+    if channels != "1" and not pred.shape[1] > 1:
+        raise ValueError(f"Invalid pred shape, we expect BxNxHxW, with N > 1. Got: {pred.shape}")
+    same_batch = pred.shape[0] == target.shape[0] or (channels != "1" and pred.shape[0] == 1)
+    if not (same_batch and pred.shape[-2:] == target.shape[-2:]):
+        raise ValueError(f"pred and target shapes must be the same. Got: {pred.shape} and {target.shape}")
+    if not pred.device == target.device:
+        raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
+
+
+def _require(condition: Tensor, message: str, labels: Tensor) -> None:
+    """Raise unless a condition holds for all labels on the CPU; on CUDA the check would wait for the device."""
+    if labels.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return
+    if is_compiling() or not is_eager(condition):
+        torch._assert_async(condition.all(), message)
+    elif not condition.all():
+        raise ValueError(f"{message}. Got: {labels[~condition].unique()[:5].tolist()}")
+
+
+def _as_integers(target: Tensor) -> Tensor:
+    # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
+    labels = target.to(torch.int64)
+    if target.dtype == torch.uint64:  # neither may these
+        labels = labels.where(labels >= 0, torch.iinfo(torch.int64).max)
+    return labels
+
+
+def _mask(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor], bool]:
+    """Replace the labels to ignore by 0; say where the others are, None if everywhere, and whether all are in range."""
+    if labels.device.type == "cpu" and labels.dtype == torch.int64 and is_eager(labels) and labels.numel() > 0:
+        # The most frequent case costs one pass over the labels.
+        low, high = (int(label) for label in torch.aminmax(labels))
+        if low >= 0 and high < num_classes and (ignore_index is None or not low <= ignore_index <= high):
+            return labels, None, True
+    return *mask_ignore_pixels(labels, ignore_index), False
+
+
+def binary_labels(target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
+    """Checked labels, 0 where they are to be ignored, and where they are not: None if that is everywhere."""
+    labels, valid, checked = _mask(target if target.is_floating_point() else _as_integers(target), 2, ignore_index)
+    if labels.requires_grad:  # gradcheck moves them a little: what is not 1 counts as background
+        return labels == 1, valid
+    if not checked:
+        expected = "target must hold 0 for the background and 1 for the foreground"
+        if ignore_index is not None:
+            expected += f", or ignore_index={int(ignore_index)} for pixels to ignore"
+        _require((labels == 0) | (labels == 1), expected, labels)
+    return labels, valid
+
+
+def class_labels(target: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
+    """Do the same for labels of several classes, int64."""
+    labels = _as_integers(target)
+    if target.is_floating_point():
+        expected = "target must hold class labels, whole numbers; the loss has no form for soft labels"
+        _require(labels == target, expected, target)
+    labels, valid, checked = _mask(labels, num_classes, ignore_index)
+    return labels if checked else _check_class_labels(labels, num_classes), valid

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both Lovász losses can be asked for, and the base of their modules."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence, Union
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# The tables of more bins would outgrow the images.
+_MAX_BINS = 1 << 16
+
+
+def as_integer(value: Any) -> Optional[int]:
+    """Return an integer of any library as an int, and None for everything else, bool included."""
+    try:
+        return None if isinstance(value, (bool, Tensor)) else operator.index(value)
+    except TypeError:
+        return None
+
+
+class Options(NamedTuple):
+    """How to group, reduce and rank."""
+
+    ignore_index: Optional[int] = -100
+    per_image: bool = True
+    reduction: str = "mean"
+    num_bins: Optional[int] = None
+    group: Optional[ProcessGroup] = None
+
+    def checked(self) -> Options:
+        """Return the same with plain integers; raise for what cannot be asked for."""
+        ignore_index, bins = as_integer(self.ignore_index), as_integer(self.num_bins)
+        if self.ignore_index is not None and (ignore_index is None or not -(2**63) <= ignore_index < 2**63):
+            raise ValueError(f"ignore_index must be None or a 64-bit integer. Got: {self.ignore_index!r}")
+        if not isinstance(self.per_image, bool):
+            raise ValueError(f"per_image must be True or False. Got: {self.per_image!r}")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none'. Got: {self.reduction!r}")
+        if self.num_bins is not None and (bins is None or not 1 <= bins <= _MAX_BINS):
+            raise ValueError(f"num_bins must be None or an integer in [1, {_MAX_BINS}]. Got: {self.num_bins!r}")
+        if self.group is not None:
+            self._check_group()
+        return self._replace(ignore_index=ignore_index, num_bins=bins)
+
+    def _check_group(self) -> None:
+        if self.per_image:
+            raise ValueError("group makes the batches of all processes one: pass per_image=False. Got: per_image=True")
+        if self.num_bins is None:
+            raise ValueError("group needs errors ranked by bins: pass num_bins, such as num_bins=1024. Got: None")
+        if self.group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group must include this process: pass one made with its rank. Got: one without it")
+        if not isinstance(self.group, torch.distributed.ProcessGroup):
+            raise ValueError(f"group must be None or a torch.distributed process group. Got: {self.group!r}")
+
+    def divisor(self, batch: int) -> int:
+        """What the mean over the groups divides by: their number, and 1 for an empty batch, whose loss is 0."""
+        return max(1, batch) if self.per_image and self.reduction == "mean" else 1
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Reduce the parts of the images in the loss, which include the divisor."""
+        if self.reduction != "none":
+            return losses.sum()
+        return losses if self.per_image else losses.sum(0, keepdim=True)
+
+
+def checked_classes(classes: Union[str, Sequence[int]], num_classes: Optional[int] = None) -> Union[str, tuple]:
+    """Return the classes to average, indices as a tuple; raise unless they are known, and below a number if given."""
+    if isinstance(classes, str) and classes in ("all", "present"):
+        return classes
+    if isinstance(classes, str) or not hasattr(classes, "__iter__"):
+        raise ValueError(f"classes must be 'all', 'present' or a sequence of class indices. Got: {classes!r}")
+    given = tuple(classes)
+    indices = tuple(as_integer(c) for c in given)
+    if len(indices) == 0:
+        raise ValueError("classes must name at least one class. Got an empty sequence")
+    limit = float("inf") if num_classes is None else num_classes
+    if not all(c is not None and 0 <= c < limit for c in indices):
+        expected = "of at least 0" if num_classes is None else f"in [0, {num_classes}), the classes of pred"
+        raise ValueError(f"classes must hold integers {expected}. Got: {list(given)}")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"classes must name each class once. Got: {list(given)}")
+    return indices
+
+
+class LovaszModule(nn.Module):
+    """A loss that keeps its options as attributes."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        for name, value in options.checked()._asdict().items():
+            setattr(self, name, value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options, by name."""
+        return {name: getattr(self, name) for name in Options._fields}
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LovaszModule:
+        # A process group is a handle, which copies share.
+        memo[id(self.group)] = self.group
+        result = memo[id(self)] = self.__new__(type(self))
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(
+                "a loss with a process group cannot be pickled: set group=None before, and the group after loading"
+            )
+        return self.__dict__
