@@ -73,7 +73,7 @@ def form(request, monkeypatch):
     """Every test runs with each form that computes the loss, whatever the size of its inputs, and in small slabs."""
     torch.manual_seed(0)
     force_form(monkeypatch, request.param)
-    monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count: 500)
+    monkeypatch.setattr("kornia.losses._lovasz_fast._SLAB", 500)
     monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: 100)
     monkeypatch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", 4)
 

@@ -93,7 +93,7 @@ def form(request, monkeypatch):
     """Every test runs with each form that computes the loss, whatever the size of its inputs, and in small slabs."""
     torch.manual_seed(0)
     force_form(monkeypatch, request.param)
-    monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count: 500)
+    monkeypatch.setattr("kornia.losses._lovasz_fast._SLAB", 500)
     monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: 100)
     monkeypatch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", 4)
 
@@ -390,7 +390,7 @@ class TestLovaszHingeLoss(BaseTester):
         for form, slab, digits in (("traced", 1, 1 << 30), ("dense", 1, 1 << 30), ("dense", 1, 4), *slabs):
             with monkeypatch.context() as patch:
                 force_form(patch, form)
-                patch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count, slab=slab: slab)
+                patch.setattr("kornia.losses._lovasz_fast._SLAB", slab)
                 patch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", digits)
                 leaf = pred.clone().requires_grad_()
                 loss = lovasz_hinge_loss(leaf, target, **options)
@@ -419,7 +419,7 @@ class TestLovaszHingeLoss(BaseTester):
             pred = torch.where(target == 1, 4.0, -4.0).to(dtype).unsqueeze(1)
         results = []
         for least in (1 << 20, length):
-            monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count, least=least: least)
+            monkeypatch.setattr("kornia.losses._lovasz_fast._SLAB", least)
             leaf = pred.clone().requires_grad_()
             loss = lovasz_hinge_loss(leaf, target)
             loss.backward()
@@ -440,7 +440,7 @@ class TestLovaszHingeLoss(BaseTester):
 
     def test_feature_right_column(self, device, monkeypatch):
         # parts are divided by a sample of the pixels, which can miss all that are wrong
-        monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count: 100)
+        monkeypatch.setattr("kornia.losses._lovasz_fast._SLAB", 100)
         generator = torch.Generator().manual_seed(0)
         pred = torch.randn(1, 1, 4096, 3, generator=generator).to(device)
         target = torch.randint(0, 2, (1, 4096, 3), generator=generator).to(device)

@@ -72,7 +72,7 @@ def form(request, monkeypatch):
     """Every test runs with each form that computes the loss, whatever the size of its inputs, and in small slabs."""
     torch.manual_seed(0)
     force_form(monkeypatch, request.param)
-    monkeypatch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count: 500)
+    monkeypatch.setattr("kornia.losses._lovasz_fast._SLAB", 500)
     monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: 100)
     monkeypatch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", 4)
 
@@ -446,7 +446,7 @@ class TestLovaszSoftmaxLoss(BaseTester):
         for form, slab, digits in (("traced", 1, 1 << 30), ("dense", 1, 1 << 30), ("dense", 1, 4), *slabs):
             with monkeypatch.context() as patch:
                 force_form(patch, form)
-                patch.setattr("kornia.losses._lovasz_fast._slab_size", lambda count, slab=slab: slab)
+                patch.setattr("kornia.losses._lovasz_fast._SLAB", slab)
                 patch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", digits)
                 leaf = pred.clone().requires_grad_()
                 loss = lovasz_softmax_loss(leaf, target, **options)
