@@ -2,10 +2,67 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 CLASSES_PER_IMAGE = 6
+
+
+class Scene(NamedTuple):
+    """What to time: logits of a shape and a stage of training, and the options of the loss."""
+
+    kind: str  # "softmax" or "hinge"
+    shape: tuple[int, int, int, int]
+    stage: str  # see softmax_scene
+    present: int = CLASSES_PER_IMAGE  # classes in an image
+    options: dict[str, Any] = {}
+    channels_last: bool = False
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels."""
+        if self.kind == "hinge":
+            pred, target = hinge_scene(self.shape, self.stage)
+        else:
+            pred, target = softmax_scene(self.shape, self.stage, self.present)
+        return (pred.contiguous(memory_format=torch.channels_last) if self.channels_last else pred), target
+
+    def __str__(self) -> str:
+        words = [self.kind, "x".join(map(str, self.shape)), self.stage]
+        if self.kind == "softmax" and self.present != CLASSES_PER_IMAGE:
+            words.append(f"{self.present} classes an image")
+        words += [f"{name}={value}" for name, value in self.options.items()]
+        return " ".join(words + ["channels-last"] * self.channels_last)
+
+
+def draw_scenes(seed: int, least: int = 1 << 16, most: int = 1 << 24) -> Iterator[Scene]:
+    """Draw scenes at random, so that nobody tunes to a list: with that many logits, any shape that a network may have."""
+    generator = random.Random(seed)
+
+    def log_uniform(low: float, high: float) -> int:
+        return round(math.exp(generator.uniform(math.log(low), math.log(high))))
+
+    while True:
+        kind = generator.choice(["softmax", "softmax", "hinge"])
+        classes = log_uniform(2, 150) if kind == "softmax" else 1
+        shape = (log_uniform(1, 32), classes, log_uniform(64, 2048), log_uniform(64, 2048))
+        if not least <= math.prod(shape) <= most:
+            continue
+        options: dict[str, Any] = {"per_image": generator.random() < 0.5}
+        if kind == "softmax":
+            options["classes"] = generator.choice(["all", "present"])
+        yield Scene(
+            kind,
+            shape,
+            generator.choice(["early", "late"]),
+            classes if generator.random() < 0.5 else min(classes, CLASSES_PER_IMAGE),
+            options,
+            generator.random() < 0.25,
+        )
 
 
 def smooth_noise(generator: torch.Generator, *shape: int, cell: int) -> torch.Tensor:
@@ -15,20 +72,23 @@ def smooth_noise(generator: torch.Generator, *shape: int, cell: int) -> torch.Te
     return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
 
 
-def softmax_scene(shape: tuple[int, int, int, int], stage: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_scene(
+    shape: tuple[int, int, int, int], stage: str, present: int = CLASSES_PER_IMAGE, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``(B, C, H, W)`` and labels ``(B, H, W)``.
 
     Args:
         shape: of the logits.
         stage: "early", a network that has learnt little; "late", one that is right on 98 to 99 % of the pixels and
             errs, with confidence, at the borders; "random", random labels of all classes under random logits.
+        present: how many classes an image has, at most.
         seed: of the scene.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, num_classes, height, width = shape
     if stage == "random":
         return torch.randn(shape, generator=generator), torch.randint(0, num_classes, (batch, height, width))
-    present = min(CLASSES_PER_IMAGE, num_classes)
+    present = min(present, num_classes)
     regions = smooth_noise(generator, batch, present, height, width, cell=max(4, height // 6))
     # What the network sees differs a little from what was labelled: its borders are a few pixels off.
     seen = regions + 0.012 * smooth_noise(generator, batch, present, height, width, cell=8)

@@ -8,6 +8,7 @@ candidates. They are ranked a *slab* at a time: the rows of several classes, or 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Optional
 
 import torch
@@ -74,8 +75,8 @@ def softmax(
     step = _steps(logits.shape[0], logits[0].numel()) if per_image else logits.shape[0]
     tensors = (logits, labels, gradient) if valid is None else (logits, labels, gradient, valid)
     parts = zip(*(tensor.split(step) for tensor in tensors))
-    options = {"weight": weight, "factors_of": factors_of, "per_image": per_image, "width": width}
-    return torch.cat([_softmax_images(*part, **options) for part in parts]), gradient
+    images = partial(_softmax_images, weight=weight, factors_of=factors_of, per_image=per_image, width=width)
+    return torch.cat([images(*part) for part in parts]), gradient
 
 
 def _softmax_images(
