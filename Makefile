@@ -48,7 +48,7 @@ pytest: $(VENV)/installed
 
 doctest: $(VENV)/installed
 	$(BIN)/python -m pytest --doctest-modules $(OVERLAY)
-	$(BIN)/python -m pytest --doctest-glob='*.rst' docs/source/choosing.rst
+	$(BIN)/python -m pytest --doctest-glob='*.rst' docs/source --ignore=docs/source/_generated --ignore=docs/source/recipe
 
 # Everything the benchmark does, once, on tiny inputs: it must not rot between the runs that count.
 bench-smoke: $(VENV)/installed
@@ -64,6 +64,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS) fork/compose.py
 	$(PIP) install -c $(CONSTRAINTS) "pip>=25.1"
 	$(PIP) install -c $(CONSTRAINTS) torch numpy
 	$(PIP) install -c $(CONSTRAINTS) -e . --group dev --group docs --group examples
+	$(PIP) install -c $(CONSTRAINTS) --no-deps --target $(VENV)/peers --upgrade --group peers
 	touch $@
 
 # Another release of PyTorch gets an environment of its own. The examples and the documentation need newer ones.
