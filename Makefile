@@ -54,6 +54,7 @@ doctest: $(VENV)/installed
 bench-smoke: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py --smoke --out build/bench-smoke
 	$(BIN)/python benchmarks/threshold.py --smoke --out build/bench-smoke
+	$(BIN)/python benchmarks/your_data.py --smoke
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going -b html docs/source docs/build/html

@@ -52,7 +52,9 @@ def write_shapes_as_code(_app, _what, _name, _object, _options, lines):
 
 def refuse_other_hosts(app, error):
     """Fail if a page loads a script, a style or a picture from elsewhere: the pages are to be read offline."""
-    loads = re.compile(r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//|<link[^>]* rel="stylesheet"[^>]* href="(?:https?:)?//')
+    loads = re.compile(
+        r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//|<link[^>]* rel="stylesheet"[^>]* href="(?:https?:)?//'
+    )
     for page in sorted(Path(app.outdir).rglob("*.html")) if error is None else ():
         if found := loads.search(page.read_text(encoding="utf-8")):
             raise RuntimeError(f"{page} needs another host: {found.group()}")
