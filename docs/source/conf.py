@@ -12,11 +12,13 @@ import evidence_table  # noqa: E402 - found through the line above
 import figures  # noqa: E402 - as well
 import formulas  # noqa: E402 - as well
 import traffic  # noqa: E402 - as well
+import your_data  # noqa: E402 - as well
 
 figures.draw_all(SOURCE / "_generated")
 formulas.write_font(SOURCE / "_generated" / "static" / "stix-two-math.woff")
 evidence_table.write_docs(SOURCE / "_generated")
-(SOURCE / "_generated" / "traffic.rst").write_text(traffic.table(), encoding="utf-8")
+for name, table in (("traffic", traffic.table()), ("your_data", your_data.table())):
+    (SOURCE / "_generated" / f"{name}.rst").write_text(table, encoding="utf-8")
 
 pyproject = tomllib.loads((SOURCE / "../../pyproject.toml").read_text(encoding="utf-8"))
 project = "Kornia with exact Lovász losses"
@@ -58,4 +60,4 @@ html_title = f"Kornia with exact Lovász losses {release}"
 html_static_path = ["_static", "_generated/static"]
 html_css_files = ["style.css"]
 html_math_renderer = "mathml"
-exclude_patterns = ["_generated"]
+exclude_patterns = ["_generated", "verdict.rst"]

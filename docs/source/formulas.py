@@ -62,6 +62,7 @@ def refuse_other_hosts(app, error):
 
 def setup(app):
     app.add_html_math_renderer("mathml", inline_renderers=(visit_math, None), block_renderers=(visit_math_block, None))
+    app.setup_extension("sphinx.ext.autodoc")
     # Before napoleon, which moves the lines about.
     app.connect("autodoc-process-docstring", write_shapes_as_code, priority=400)
     app.connect("build-finished", refuse_other_hosts)
