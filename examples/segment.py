@@ -480,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
                 for task, _ in asked:
                     (args.out / task.name / "checkpoint.pt").unlink()
         except (DataError, OSError) as error:
-            sys.exit(f"segment.py: {error}")
+            sys.exit("\n".join(f"segment.py: {line}" for line in str(error).splitlines()))
         except FloatingPointError as error:
             sys.exit(f"segment.py: {error}; a smaller learning rate usually helps")
         except KeyboardInterrupt:
