@@ -24,21 +24,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import digit_scenes
-import report
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import Split, folder_splits, looped_digits, scene_splits
-from folder_data import IGNORE, DataError
-from monai.networks.nets import BasicUNet
-from options import learning_rates, parse_args
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.nn.parallel import DistributedDataParallel
 
 from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
 from kornia.metrics import IoUThresholdSearch, confusion_matrix
+
+try:
+    import digit_scenes
+    import report
+    from data import Split, folder_splits, looped_digits, scene_splits
+    from folder_data import IGNORE, DataError
+    from monai.networks.nets import BasicUNet
+    from options import learning_rates, parse_args
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing; the examples need more than Kornia: pip install --group examples")
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

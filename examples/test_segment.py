@@ -438,6 +438,15 @@ class TestErrors:
         assert len(done.stderr.splitlines()) == 1
         assert str(folder / "images" / "2.png") in done.stderr
 
+    def test_a_missing_package_is_named_with_what_installs_it(self, tmp_path):
+        script = shutil.copy(segment.__file__, tmp_path)
+        (tmp_path / "digit_scenes.py").write_text("import a_package_that_is_missing\n")
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert "a_package_that_is_missing is missing" in done.stderr
+        assert "pip install --group examples" in done.stderr
+
     def test_ctrl_c_during_the_imports_shows_no_traceback(self, tmp_path):
         script = shutil.copy(segment.__file__, tmp_path)
         (tmp_path / "digit_scenes.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
