@@ -1,6 +1,6 @@
 """Every row of the page "Coming from another library": their call and ours, on the same tensors.
 
-Theirs is the package itself, of which the file with the loss is loaded alone, or a statement of it by the oracle.
+Theirs is the package itself, of which the file with the loss is loaded alone, or a statement of it by the definition.
 """
 
 import functools
@@ -10,7 +10,7 @@ import sys
 import types
 from pathlib import Path
 
-import oracle
+import definition
 import pytest
 import torch
 
@@ -81,10 +81,10 @@ def berman() -> dict:
     def lovasz_softmax(probabilities, labels, classes="present", per_image=False, ignore=None):
         if probabilities.shape[1] == 1:  # the foreground's, for classes=[1]
             probabilities = torch.cat([1 - probabilities, probabilities], 1)
-        return oracle.softmax(probabilities, labels, classes=classes, per_image=per_image, ignore=ignore)
+        return definition.softmax(probabilities, labels, classes=classes, per_image=per_image, ignore=ignore)
 
     def lovasz_hinge(logits, labels, per_image=True, ignore=None):
-        return oracle.hinge(logits[:, None], labels, per_image=per_image, ignore=ignore)
+        return definition.hinge(logits[:, None], labels, per_image=per_image, ignore=ignore)
 
     return {"lovasz_softmax": lovasz_softmax, "lovasz_hinge": lovasz_hinge}
 
@@ -93,7 +93,7 @@ def pointcept() -> dict:
     def loss(mode, ignore_index=None, loss_weight=1.0):
         assert mode == "multiclass"
         return lambda points, labels: (
-            loss_weight * oracle.softmax(points.softmax(1).T[None], labels[None], ignore=ignore_index)
+            loss_weight * definition.softmax(points.softmax(1).T[None], labels[None], ignore=ignore_index)
         )
 
     return {"LovaszLoss": loss}
@@ -101,10 +101,12 @@ def pointcept() -> dict:
 
 def paddleseg() -> dict:
     def softmax(ignore_index=255, classes="present"):
-        return lambda logits, labels: oracle.softmax(logits.softmax(1), labels, classes=classes, ignore=ignore_index)
+        return lambda logits, labels: definition.softmax(
+            logits.softmax(1), labels, classes=classes, ignore=ignore_index
+        )
 
     def hinge(ignore_index=255):
-        return lambda logits, labels: oracle.hinge(logits, labels, per_image=False, ignore=ignore_index)
+        return lambda logits, labels: definition.hinge(logits, labels, per_image=False, ignore=ignore_index)
 
     return {"LovaszSoftmaxLoss": softmax, "LovaszHingeLoss": hinge}
 

@@ -1,6 +1,6 @@
 """The calls of the page "Your data" give what the definition gives, point by point, and take views where it says so."""
 
-import oracle
+import definition
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ def seed():
 
 def of_points(logits, labels, ignore=None, classes="present"):
     """The softmax loss of points (N, C)."""
-    return oracle.softmax(logits.softmax(1).T[None], labels[None], classes=classes, ignore=ignore)
+    return definition.softmax(logits.softmax(1).T[None], labels[None], classes=classes, ignore=ignore)
 
 
 def mean(terms):
@@ -66,12 +66,12 @@ def test_volumes():
     x, y = logits.flatten(3), labels.flatten(2)
     assert is_view(x, logits)
     assert is_view(y, labels)
-    same(lovasz_softmax_loss(x, y), oracle.softmax(logits.softmax(1), labels, classes="all", per_image=True))
+    same(lovasz_softmax_loss(x, y), definition.softmax(logits.softmax(1), labels, classes="all", per_image=True))
 
 
 def test_signals():
     logits, labels = torch.randn(2, 3, 20), torch.randint(0, 3, (2, 20))
-    expected = oracle.softmax(logits.softmax(1), labels, classes="all", per_image=True)
+    expected = definition.softmax(logits.softmax(1), labels, classes="all", per_image=True)
     same(lovasz_softmax_loss(logits[..., None], labels[..., None]), expected)
 
 
@@ -83,7 +83,7 @@ def test_the_layout_makes_no_difference():
 
 def test_zero_for_unlabelled():
     logits, labels = torch.randn(1, 4, 5, 6), torch.randint(0, 4, (1, 5, 6))
-    expected = oracle.softmax(logits.softmax(1), labels, classes=[1, 2, 3], ignore=0)
+    expected = definition.softmax(logits.softmax(1), labels, classes=[1, 2, 3], ignore=0)
     same(lovasz_softmax_loss(logits, labels, classes="present", ignore_index=0), expected)
     same(lovasz_softmax_loss(logits, labels, classes=range(1, 4), ignore_index=0), expected)
     # The warning: with all classes, class 0 enters.
@@ -115,7 +115,7 @@ class TestSeveralLabels:
         same(loss, self.one(logits, masks))
 
     def one(self, logits, masks):
-        return oracle.hinge(logits.reshape(1, 1, -1), masks.reshape(1, -1))
+        return definition.hinge(logits.reshape(1, 1, -1), masks.reshape(1, -1))
 
 
 class TestOneClass:
@@ -123,14 +123,14 @@ class TestOneClass:
         logits, masks = torch.randn(2, 1, 5, 6), torch.randint(0, 2, (2, 5, 6))
         two = torch.cat([torch.zeros_like(logits), logits], dim=1)
         probabilities = torch.cat([1 - logits.sigmoid(), logits.sigmoid()], dim=1)
-        expected = oracle.softmax(probabilities, masks, classes=[1], per_image=True)
+        expected = definition.softmax(probabilities, masks, classes=[1], per_image=True)
         same(lovasz_softmax_loss(two, masks, classes=[1]), expected)
 
     def test_two_outputs(self):
         logits, masks = torch.randn(2, 2, 5, 6), torch.randint(0, 2, (2, 5, 6))
         difference = logits[:, 1:] - logits[:, :1]
         torch.testing.assert_close(difference.sigmoid(), logits.softmax(1)[:, 1:])
-        same(lovasz_hinge_loss(difference, masks), oracle.hinge(difference, masks))
+        same(lovasz_hinge_loss(difference, masks), definition.hinge(difference, masks))
 
 
 def test_one_hot_targets():
@@ -146,7 +146,7 @@ def test_classes_last():
     logits, labels = torch.randn(2, 5, 6, 4), torch.randint(0, 4, (2, 5, 6))
     x = logits.movedim(-1, 1)
     assert is_view(x, logits)
-    same(lovasz_softmax_loss(x, labels), oracle.softmax(x.softmax(1), labels, classes="all", per_image=True))
+    same(lovasz_softmax_loss(x, labels), definition.softmax(x.softmax(1), labels, classes="all", per_image=True))
 
 
 def test_coarse_outputs_take_the_label_of_the_middle():
