@@ -60,6 +60,4 @@ html_title = f"Kornia with exact Lovász losses {release}"
 html_static_path = ["_static", "_generated/static"]
 html_css_files = ["style.css"]
 html_math_renderer = "mathml"
-# A page of the side bar that is written apart from the others may be missing.
-suppress_warnings = ["toc.empty_glob"]
 exclude_patterns = ["_generated", "verdict.rst"]
