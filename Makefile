@@ -48,12 +48,13 @@ pytest: $(VENV)/installed
 
 doctest: $(VENV)/installed
 	$(BIN)/python -m pytest --doctest-modules $(OVERLAY)
-	$(BIN)/python -m pytest --doctest-glob='*.rst' docs/source/choosing.rst
+	$(BIN)/python -m pytest --doctest-glob='*.rst' docs/source --ignore=docs/source/_generated --ignore=docs/source/recipe
 
 # Everything the benchmark does, once, on tiny inputs: it must not rot between the runs that count.
 bench-smoke: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py --smoke --out build/bench-smoke
 	$(BIN)/python benchmarks/threshold.py --smoke --out build/bench-smoke
+	$(BIN)/python benchmarks/your_data.py --smoke
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going -b html docs/source docs/build/html
@@ -64,6 +65,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS) fork/compose.py
 	$(PIP) install -c $(CONSTRAINTS) "pip>=25.1"
 	$(PIP) install -c $(CONSTRAINTS) torch numpy
 	$(PIP) install -c $(CONSTRAINTS) -e . --group dev --group docs --group examples
+	$(PIP) install -c $(CONSTRAINTS) --no-deps --target $(VENV)/peers --upgrade --group peers
 	touch $@
 
 # Another release of PyTorch gets an environment of its own. The examples and the documentation need newer ones.

@@ -35,10 +35,10 @@ def looped_digits(split: Split) -> Split:
 
 
 def folder_splits(
-    images: Path, masks: Path, *, size: int, binary: bool, num_classes: int | None, seed: int
+    images: Path, masks: Path, *, size: int, binary: bool, num_classes: int | None, mask_suffix: str, seed: int
 ) -> tuple[dict[str, Split], int]:
     """The user's pairs, shuffled and divided 70 : 10 : 20 with at least one in each part, and the number of classes."""
-    data = read_folder(images, masks, size=size, binary=binary, num_classes=num_classes)
+    data = read_folder(images, masks, size=size, binary=binary, num_classes=num_classes, mask_suffix=mask_suffix)
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
     validation, test = max(1, len(order) // 10), max(1, len(order) // 5)
     parts = order.split([len(order) - validation - test, validation, test])

@@ -19,8 +19,9 @@ from rich.table import Table
 
 PAPER, IGNORED = "#ffffff", "#c8c8c8"
 FOUND, MISSED, WRONG = "#2f2f2f", "#f28e2b", "#d6278a"
-STAGES = ("cross-entropy", "Lovász")
-STAGE_COLOURS = ("#7f7f7f", "#1f77b4")
+# The second and the third continue from the first, for as many steps each.
+STAGES = ("cross-entropy", "more cross-entropy", "Lovász")
+STAGE_COLOURS = ("#b0b0b0", "#606060", "#1f77b4")
 SHOWN = 6  # test images in the picture
 MAX_LEGEND = 24  # more classes than this are not told apart by colour anyway
 
@@ -87,11 +88,11 @@ def table(outcome: Outcome, images: int) -> Table:
     shown.add_column("class")
     for name in STAGES:
         shown.add_column(f"after {name}", justify="right")
-    half = len(records) // 2
-    for before, after in zip(records[:half], records[half:], strict=True):
-        if before["class"] == "mean":
+    classes = len(records) // len(STAGES)
+    for of_class in zip(*(records[i : i + classes] for i in range(0, len(records), classes)), strict=True):
+        if of_class[0]["class"] == "mean":
             shown.add_section()
-        shown.add_row(before["class"], percent(before["test_iou"]), percent(after["test_iou"]))
+        shown.add_row(of_class[0]["class"], *(percent(record["test_iou"]) for record in of_class))
     return shown
 
 
@@ -114,7 +115,7 @@ def write(folder: Path, outcome: Outcome, test: Split) -> None:
 
 
 def draw_curves(path: Path, outcome: Outcome) -> None:
-    """Loss and validation IoU over the steps of both stages."""
+    """Loss and validation IoU over the steps: the first stage, and what either loss makes of it."""
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
     for number, (name, colour) in enumerate(zip(STAGES, STAGE_COLOURS, strict=True), 1):
         points = [record for record in outcome.history if record["stage"] == number]
@@ -131,7 +132,7 @@ def draw_curves(path: Path, outcome: Outcome) -> None:
 def draw_thresholds(path: Path, outcome: Outcome) -> None:
     """IoU against the threshold, and the one that validation chose."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, colour, stage in zip(STAGES, STAGE_COLOURS, outcome.stages, strict=True):
+    for name, colour, stage in list(zip(STAGES, STAGE_COLOURS, outcome.stages, strict=True))[1:]:
         for split, style in (("validation", "--"), ("test", "-")):
             axis.plot(outcome.probabilities, 100 * stage.iou[split], style, color=colour, label=f"{name}, {split}")
         chosen = outcome.probabilities[stage.chosen], 100 * stage.iou["test"][stage.chosen]
@@ -143,14 +144,16 @@ def draw_thresholds(path: Path, outcome: Outcome) -> None:
 
 
 def draw_predictions(path: Path, outcome: Outcome, test: Split) -> None:
-    """The first test images, each above its labels and what either stage makes of it."""
+    """The first test images, each above its labels and what the network finds after equal numbers of steps."""
     labels = test.labels[:SHOWN]
     images = test.images[:SHOWN].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     pictures = [("image", images), ("label", colour_classes(labels, outcome))]
-    for name, stage in zip(STAGES, outcome.stages, strict=True):
+    first, steps = (max(record["step"] for record in outcome.history if record["stage"] == i) for i in (1, 2))
+    names = (f"{steps} steps of\n{STAGES[0]}", f"{first} of {STAGES[0]},\n{steps - first} of {STAGES[2]}")
+    for name, stage in zip(names, outcome.stages[1:], strict=True):
         pixels = colour_errors(stage.classes, labels) if outcome.is_binary else colour_classes(stage.classes, outcome)
         iou = stage.iou["test"][stage.chosen] if outcome.is_binary else stage.iou["test"].nanmean()
-        pictures.append((f"after {name}\ntest IoU {percent(iou.item())} %", pixels))
+        pictures.append((f"{name}\ntest IoU {percent(iou.item())} %", pixels))
 
     size = (1.5 * len(images) + 2.8, 1.5 * len(pictures))
     figure, axes = plt.subplots(len(pictures), len(images), figsize=size, squeeze=False, layout="constrained")

@@ -1,15 +1,22 @@
 """Train a segmentation network for a high IoU: cross-entropy first, a Lovász loss second, the best threshold last.
 
+The second stage is run twice from the same weights, with cross-entropy and with the Lovász loss, so that the table
+compares equal numbers of steps.
+
 Without arguments it runs on cluttered scenes of real handwritten digits, twice: the digits with a loop against
 everything else (LovaszHingeLoss), and which digit each pixel belongs to (LovaszSoftmaxLoss). With --images and --masks
 it runs on your own data. It can be interrupted: the same command goes on. Under torchrun, the processes share the work.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,27 +24,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import digit_scenes
-import report
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import Split, folder_splits, looped_digits, scene_splits
-from folder_data import IGNORE, DataError
-from monai.networks.nets import BasicUNet
-from options import RATES, parse_args
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.nn.parallel import DistributedDataParallel
 
 from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
 from kornia.metrics import IoUThresholdSearch, confusion_matrix
+
+try:
+    import digit_scenes
+    import report
+    from data import Split, folder_splits, looped_digits, scene_splits
+    from folder_data import IGNORE, DataError
+    from monai.networks.nets import BasicUNet
+    from options import learning_rates, parse_args
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing; the examples need more than Kornia: pip install --group examples")
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # The thresholds to choose from: more than the customary 0.3 to 0.7, as a rare foreground may need a lower one.
 PROBABILITIES = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 INTERRUPTED = 130  # the exit status that shells use for it
+FEW = 10  # test images: with fewer, a difference of some points of IoU means nothing
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,12 @@ class Stage:
         self.network, self.data, self.loss, self.steps = network, data, loss, steps
         self.batch_size, self.amp = batch_size, amp
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps, pct_start=0.2)
+        rise = (
+            0.2 if steps != 5 else 0.4
+        )  # a rise of exactly one step has no slope, and OneCycleLR divides by its length
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=lr, total_steps=steps, pct_start=rise
+        )
         self.batches = torch.Generator().manual_seed(seed)
         self.done = 0
 
@@ -204,7 +221,7 @@ def evaluate(model: torch.nn.Module, data: Split, task: Task) -> Evaluation:
 
 
 class Run:
-    """Several stages in a row, each continuing from the best weights of the one before, judged by validation.
+    """A first stage, and others that each continue from its best weights, judged by validation.
 
     Its state is all that is needed to go on after an interruption as if there had been none.
     """
@@ -218,6 +235,8 @@ class Run:
     def advance(self, validate_every: int) -> Iterator[tuple[int, float]]:
         """Train to the end; after every step the number of its stage and its loss."""
         for number, stage in enumerate(self.stages):
+            if number > 0 and stage.done == 0:
+                self.model.load_state_dict(self.best[0]["weights"])
             while stage.done < stage.steps:
                 self.losses.append(stage.step())
                 if self.losses[-1] != self.losses[-1]:
@@ -235,7 +254,7 @@ class Run:
         value = evaluate(self.model, self.data["validation"], self.task).score
         if not value < best["score"]:
             self.best[number] = best = {"score": value, "weights": copy.deepcopy(self.model.state_dict())}
-        step = sum(stage.done for stage in self.stages)
+        step = stage.done + (self.stages[0].steps if number > 0 else 0)
         loss = sum(self.losses) / len(self.losses)
         self.history.append({"stage": number + 1, "step": step, "loss": loss, "validation_iou": value})
         self.losses.clear()
@@ -341,7 +360,7 @@ def train(
     progress: Progress,
     interruption: Interruption,
 ) -> Run:
-    """Both stages, from the beginning or from where an earlier run was interrupted."""
+    """All stages, from the beginning or from where an earlier run was interrupted."""
     torch.manual_seed(args.seed)
     model = build_network(task, data["train"].images.shape[1]).to(args.device)
     network = DistributedDataParallel(model) if dist.is_initialized() else model
@@ -349,15 +368,22 @@ def train(
     second = lovasz(task, per_image=args.per_image, classes=args.classes, num_bins=args.num_bins)
     if args.mix:
         second = mixed(first, second, args.mix)
-    common = {"batch_size": args.batch_size, "amp": args.amp}
-    rates = [lr or RATES[task.name] for lr in (args.lr, args.lovasz_lr)]
+    lr, second_lr = learning_rates(args, task.name)
+
+    def stage(loss: Loss, steps: int, lr: float, seed: int) -> Stage:
+        return Stage(
+            network, data["train"], loss, steps=steps, lr=lr, batch_size=args.batch_size, seed=seed, amp=args.amp
+        )
+
     stages = [
-        Stage(network, data["train"], first, steps=args.steps, lr=rates[0], seed=args.seed, **common),
-        Stage(network, data["train"], second, steps=args.lovasz_steps, lr=rates[1], seed=args.seed + 10**6, **common),
+        stage(first, args.steps, lr, args.seed),
+        # The same batches for both losses.
+        stage(first, args.lovasz_steps, second_lr, args.seed + 10**6),
+        stage(second, args.lovasz_steps, second_lr, args.seed + 10**6),
     ]
     run = Run(model, stages, data, task)
 
-    checkpoint, settings = folder / "checkpoint.pt", settings_of(args, data)
+    checkpoint, settings = folder / "checkpoint.pt", settings_of(args, task, data)
     if checkpoint.exists() and not args.restart:
         state = torch.load(checkpoint, map_location="cpu")
         if differing := [name for name in settings if settings[name] != state["settings"].get(name)]:
@@ -366,12 +392,15 @@ def train(
                 "give the same options to go on with it, --restart to drop it, or another --out"
             )
         run.load_state_dict(state)
-    names = ("cross-entropy", "Lovász" if not args.mix else f"{1 - args.mix:g} Lovász + {args.mix:g} cross-entropy")
+    names = list(report.STAGES)
+    if args.mix:
+        names[-1] = f"{1 - args.mix:g} Lovász + {args.mix:g} cross-entropy"
     bars = [
-        progress.add_task(f"{task.name}: {name}", total=stage.steps, completed=stage.done, note="")
+        progress.add_task(f"{task.name}: {name}", start=False, total=stage.steps, completed=stage.done, note="")
         for name, stage in zip(names, stages, strict=True)
     ]
     for number, loss in run.advance(args.validate_every):
+        progress.start_task(bars[number])
         best = run.best[number]["score"]
         progress.update(bars[number], advance=1, note=f"loss {loss:.3f}, validation {report.percent(best)} %")
         stop = interruption.anywhere(args.device)
@@ -382,9 +411,10 @@ def train(
     return run
 
 
-def settings_of(args: argparse.Namespace, data: dict[str, Split]) -> dict[str, str]:
+def settings_of(args: argparse.Namespace, task: Task, data: dict[str, Split]) -> dict[str, str]:
     """What a run must share with the interrupted one that it continues."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "restart", "task")}
+    settings["lr"], settings["lovasz_lr"] = map(str, learning_rates(args, task.name))
     sizes = {f"number of {name} images": str(len(split.images)) for name, split in data.items()}
     return settings | sizes | {"number of processes": str(processes())}
 
@@ -412,6 +442,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[Task, dict[str, Split]]]:
             size=args.size,
             binary=args.task == "binary",
             num_classes=args.num_classes,
+            mask_suffix=args.mask_suffix,
             seed=args.seed,
         )
         names = (
@@ -441,14 +472,19 @@ def main(argv: list[str] | None = None) -> None:
                     outcome = finish(run, folder)
                     if rank() == 0:
                         report.write(folder, outcome, data["test"])
-                        (folder / "settings.json").write_text(json.dumps(settings_of(args, data), indent=2) + "\n")
-                    console.print(report.table(outcome, len(data["test"].images)))
+                        (folder / "settings.json").write_text(
+                            json.dumps(settings_of(args, task, data), indent=2) + "\n"
+                        )
+                    images = len(data["test"].images)
+                    console.print(report.table(outcome, images))
+                    if images < FEW:
+                        console.print(f"Only {images} test images: differences between these numbers mean little.")
                     console.print(f"Results: {folder}\n")
             if rank() == 0:  # all is done, so the same command begins anew
                 for task, _ in asked:
                     (args.out / task.name / "checkpoint.pt").unlink()
         except (DataError, OSError) as error:
-            sys.exit(f"segment.py: {error}")
+            sys.exit("\n".join(f"segment.py: {line}" for line in str(error).splitlines()))
         except FloatingPointError as error:
             sys.exit(f"segment.py: {error}; a smaller learning rate usually helps")
         except KeyboardInterrupt:

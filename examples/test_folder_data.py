@@ -68,6 +68,17 @@ class TestReading:
         save(folder / "masks" / "unused.png", np.zeros((1, 1), np.uint8))
         assert read(folder).stems == ("a", "b", "c")
 
+    @pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", ".DS_Store", "notes.txt"])
+    def test_files_that_are_no_images_are_left_aside(self, name, folder):
+        for place in ("images", "masks"):
+            (folder / place / name).write_text("no image")
+        assert read(folder).stems == ("a", "b", "c")
+
+    def test_names_of_masks_with_a_suffix(self, folder):
+        for path in list((folder / "masks").iterdir()):
+            path.rename(path.with_stem(path.stem + "_mask"))
+        assert read(folder, mask_suffix="_mask").stems == ("a", "b", "c")
+
 
 class TestLabels:
     def test_255_is_foreground_where_no_mask_holds_1(self, folder):
@@ -90,13 +101,13 @@ class TestLabels:
 
 
 class TestErrors:
-    """Every message is one line and names the file."""
+    """Every message is one line for each file at fault, and names it."""
 
-    def fails(self, folder, *expected, **options):
+    def fails(self, folder, *expected, lines=1, **options):
         with pytest.raises(DataError) as caught:
             read(folder, **options)
         message = str(caught.value)
-        assert "\n" not in message
+        assert len(message.splitlines()) == lines
         for text in expected:
             assert str(text) in message
 
@@ -150,3 +161,27 @@ class TestErrors:
     def test_everything_ignored(self, folder):
         save(folder / "masks" / "b.png", np.full((4, 6), 255, np.uint8))
         self.fails(folder, folder / "masks" / "b.png", "ignores every pixel")
+
+    def test_a_suffix_that_would_do_is_named(self, folder):
+        for path in list((folder / "masks").iterdir()):
+            path.rename(path.with_stem(path.stem + "_mask"))
+        self.fails(folder, "no mask a.*", "--mask-suffix _mask", lines=3)
+
+    def test_every_broken_file_is_named(self, folder):
+        broken = [folder / "images" / "a.png", folder / "masks" / "b.png"]
+        for path in broken:
+            path.write_text("not an image")
+        self.fails(folder, *broken, lines=2)
+
+    def test_of_many_broken_files_the_first_are_named(self, folder):
+        for index in range(30):
+            save(folder / "images" / f"{index:02}.png", np.zeros((4, 6, 3), np.uint8))
+        self.fails(folder, folder / "images" / "09.png", "and 20 more files", lines=11)
+
+    def test_nothing_but_ignored_foreground(self, folder):
+        masks(folder, 255, 255, 255)
+        self.fails(folder, folder / "masks", "label 0 only", "--task binary", binary=False)
+
+    def test_nothing_but_background(self, folder):
+        masks(folder, 0, 0, 0)
+        self.fails(folder, folder / "masks", "label 0 only")

@@ -1,5 +1,7 @@
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,9 +174,24 @@ class TestTraining:
         segment.Stage(model, split, loss, steps=2, lr=0.1, batch_size=1, seed=0, amp=True).step()
         assert dtypes == [torch.bfloat16, torch.float32]
 
+    @pytest.mark.parametrize("steps", [*range(1, 12), 40])
+    def test_the_rate_rises_and_falls_over_any_number_of_steps(self, steps):
+        split = data.Split(torch.rand(2, 1, 4, 4), torch.ones(2, 4, 4, dtype=torch.long))
+        model, loss = torch.nn.Conv2d(1, 1, 1), segment.cross_entropy(BINARY)
+        stage = segment.Stage(model, split, loss, steps=steps, lr=0.1, batch_size=1, seed=0)
+        rates = []
+        for _ in range(steps):
+            rates.append(stage.optimizer.param_groups[0]["lr"])
+            stage.step()
+        assert max(rates) <= 0.1 + 1e-9
+        assert rates[-1] < 0.01
+        if steps >= 5:
+            assert 0 < rates.index(max(rates)) <= steps / 2
+            assert max(rates) > 0.05
+
     def test_each_stage_ends_with_its_best_weights(self, monkeypatch):
-        """The validation IoU is best in the middle of stage 1 and at the beginning of stage 2."""
-        scores = iter([0.1, 0.4, 0.2, 0.6, 0.5, 0.3])
+        """The validation IoU is best in the middle of stage 1 and at the beginning of stages 2 and 3."""
+        scores = iter([0.1, 0.4, 0.2, 0.6, 0.5, 0.3, 0.9, 0.8, 0.7])
         weights = []
 
         def evaluate(model, *_):
@@ -184,13 +201,16 @@ class TestTraining:
         monkeypatch.setattr(segment, "evaluate", evaluate)
         split = data.Split(torch.rand(2, 1, 4, 4), torch.ones(2, 4, 4, dtype=torch.long))
         model, loss = torch.nn.Conv2d(1, 1, 1), segment.cross_entropy(BINARY)
-        stages = [segment.Stage(model, split, loss, steps=3, lr=0.1, batch_size=1, seed=0) for _ in range(2)]
+        stages = [segment.Stage(model, split, loss, steps=3, lr=0.1, batch_size=1, seed=0) for _ in range(3)]
         in_training = segment.Run(model, stages, {"validation": split}, BINARY)
         after = [model.weight.item() for _ in in_training.advance(validate_every=1)]
-        assert [best["score"] for best in in_training.best] == [0.4, 0.6]
-        assert [best["weights"]["weight"].item() for best in in_training.best] == [weights[1], weights[3]]
-        assert (after[2], after[5]) == (weights[1], weights[3])
+        assert [best["score"] for best in in_training.best] == [0.4, 0.6, 0.9]
+        assert [best["weights"]["weight"].item() for best in in_training.best] == [weights[1], weights[3], weights[6]]
+        assert (after[2], after[5], after[8]) == (weights[1], weights[3], weights[6])
+        # The second and the third begin with the best weights of the first and see the same batches.
         assert len(set(weights)) == 6
+        assert weights[6:] == weights[3:6]
+        assert [record["step"] for record in in_training.history] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
 
     def test_nan_stops_it(self, monkeypatch, tmp_path):
         monkeypatch.setattr(segment, "cross_entropy", lambda _: lambda logits, _: logits.sum() * float("nan"))
@@ -224,8 +244,8 @@ class TestInterruption:
 
         monkeypatch.setattr(segment.Stage, "step", stepping)
 
-    # In either stage, between validations and at one, and at the very end of the first stage.
-    @pytest.mark.parametrize("step", [1, 2, 4, 5, 7])
+    # In each stage, between validations and at one, and at the very end of the first and second stage.
+    @pytest.mark.parametrize("step", [1, 2, 4, 5, 7, 8])
     def test_goes_on_as_if_nothing_had_been(self, step, tmp_path, monkeypatch, capsys):
         options = ("--task", "binary", "--validate-every", 2)
         run(capsys, *options, "--out", tmp_path / "whole")
@@ -243,14 +263,14 @@ class TestInterruption:
     def test_a_finished_task_is_not_trained_again(self, tmp_path, monkeypatch, capsys):
         run(capsys, "--out", tmp_path / "whole")
         with monkeypatch.context() as patch:
-            self.interrupt_at(patch, 10)
+            self.interrupt_at(patch, 13)
             with pytest.raises(SystemExit):
                 run(capsys, "--out", tmp_path / "parts")
         steps = []
         original = segment.Stage.step
         monkeypatch.setattr(segment.Stage, "step", lambda stage: steps.append(1) or original(stage))
         run(capsys, "--out", tmp_path / "parts")
-        assert len(steps) == 4
+        assert len(steps) == 7
         for task in ("binary", "multiclass"):
             same_results(tmp_path / "whole" / task, tmp_path / "parts" / task)
 
@@ -264,7 +284,7 @@ class TestInterruption:
             run(capsys, *other)
         assert "interrupted run with another lr and seed" in caught.value.code
         run(capsys, *other, "--restart")
-        assert len(records(tmp_path / "binary" / "history.csv")) == 2
+        assert len(records(tmp_path / "binary" / "history.csv")) == 3
 
 
 def torchrun(script, *args):
@@ -321,7 +341,7 @@ class TestProcesses:
         assert done.returncode != 0
         assert "the same command goes on from here" in done.stdout
         state = torch.load(tmp_path / "binary" / "checkpoint.pt")
-        assert [stage["done"] for stage in state["stages"]] == [3, 0]
+        assert [stage["done"] for stage in state["stages"]] == [3, 0, 0]
         done = torchrun(segment.__file__, *out)
         assert done.returncode == 0, done.stderr
         same_results(shared_run[1] / "binary", tmp_path / "binary")
@@ -341,15 +361,20 @@ def same_model_in_one_process(folder, task):
 class TestScenes:
     def test_results(self, tmp_path, capsys):
         text = run(capsys, "--out", tmp_path / "new" / "folder")
-        assert text.count("test images") == 2
+        assert text.count("IoU on 2 test images") == 2
+        assert text.count("Only 2 test images") == 2
         binary, multiclass = (tmp_path / "new" / "folder" / task for task in ("binary", "multiclass"))
         results = records(binary / "results.csv")
-        assert [record["after"] for record in results] == ["cross-entropy"] * 2 + ["Lovász"] * 2
+        assert [record["after"] for record in results] == ["cross-entropy"] * 2 + ["more cross-entropy"] * 2 + [
+            "Lovász"
+        ] * 2
         assert results[0]["threshold"] == results[2]["threshold"] == "0.50"
         classes = ["paper", *"0123456789", "mean"]
-        assert [record["class"] for record in records(multiclass / "results.csv")] == classes * 2
-        for path in (binary, multiclass):
-            assert [record["step"] for record in records(path / "history.csv")] == ["4", "7"]
+        assert [record["class"] for record in records(multiclass / "results.csv")] == classes * 3
+        for path, rates in ((binary, ["0.003", "0.001"]), (multiclass, ["0.01", "0.003"])):
+            settings = json.loads((path / "settings.json").read_text())
+            assert [settings["lr"], settings["lovasz_lr"]] == rates
+            assert [record["step"] for record in records(path / "history.csv")] == ["4", "7", "7"]
             names = ["curves", "predictions"] + ["thresholds"] * (path is binary)
             for name in names:
                 with Image.open(path / f"{name}.png") as picture:
@@ -391,11 +416,11 @@ class TestFolder:
         own = ["--images", folder / "images", "--masks", folder / "masks", "--task", "multiclass", "--num-classes", 4]
         run(capsys, *own, "--out", tmp_path / "out")
         results = records(tmp_path / "out" / "multiclass" / "results.csv")
-        assert [record["class"] for record in results] == ["class 0", "class 1", "class 2", "class 3", "mean"] * 2
+        assert [record["class"] for record in results] == ["class 0", "class 1", "class 2", "class 3", "mean"] * 3
 
     def test_splits_share_no_image(self, folder):
         splits, _ = data.folder_splits(
-            folder / "images", folder / "masks", size=32, binary=True, num_classes=None, seed=0
+            folder / "images", folder / "masks", size=32, binary=True, num_classes=None, mask_suffix="", seed=0
         )
         assert {name: len(split.images) for name, split in splits.items()} == {"train": 3, "validation": 1, "test": 1}
         together = torch.cat([split.images for split in splits.values()])
@@ -412,6 +437,21 @@ class TestErrors:
         assert done.stdout == ""
         assert len(done.stderr.splitlines()) == 1
         assert str(folder / "images" / "2.png") in done.stderr
+
+    def test_a_missing_package_is_named_with_what_installs_it(self, tmp_path):
+        script = shutil.copy(segment.__file__, tmp_path)
+        (tmp_path / "digit_scenes.py").write_text("import a_package_that_is_missing\n")
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert "a_package_that_is_missing is missing" in done.stderr
+        assert "pip install --group examples" in done.stderr
+
+    def test_ctrl_c_during_the_imports_shows_no_traceback(self, tmp_path):
+        script = shutil.copy(segment.__file__, tmp_path)
+        (tmp_path / "digit_scenes.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
     @pytest.mark.parametrize(
         ("args", "message"),

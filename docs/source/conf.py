@@ -10,11 +10,15 @@ sys.path[:0] = [str(SOURCE), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 import evidence_table  # noqa: E402 - found through the line above
 import figures  # noqa: E402 - as well
+import formulas  # noqa: E402 - as well
 import traffic  # noqa: E402 - as well
+import your_data  # noqa: E402 - as well
 
 figures.draw_all(SOURCE / "_generated")
+formulas.write_font(SOURCE / "_generated" / "static" / "stix-two-math.woff")
 evidence_table.write_docs(SOURCE / "_generated")
-(SOURCE / "_generated" / "traffic.rst").write_text(traffic.table(), encoding="utf-8")
+for name, table in (("traffic", traffic.table()), ("your_data", your_data.table())):
+    (SOURCE / "_generated" / f"{name}.rst").write_text(table, encoding="utf-8")
 
 pyproject = tomllib.loads((SOURCE / "../../pyproject.toml").read_text(encoding="utf-8"))
 project = "Kornia with exact Lovász losses"
@@ -23,9 +27,10 @@ copyright = author
 release = pyproject["project"]["version"]
 
 extensions = [
+    "formulas",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
@@ -39,6 +44,7 @@ sphinx_gallery_conf = {
     "write_computation_times": False,
 }
 intersphinx_mapping = {}
+autosummary_generate = False
 nitpicky = True
 # Names of the release, documented in its own documentation.
 nitpick_ignore_regex = [(r"py:.*", r"torch\..*|ProcessGroup|ShapeError|BaseError|TypeCheckError")]
@@ -46,10 +52,12 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-copybutton_prompt_text = ">>> "
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = f"Kornia with exact Lovász losses {release}"
-html_static_path = ["_static"]
+html_static_path = ["_static", "_generated/static"]
 html_css_files = ["style.css"]
-exclude_patterns = ["_generated"]
+html_math_renderer = "mathml"
+exclude_patterns = ["_generated", "verdict.rst"]
