@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
+from math import prod
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,51 +15,48 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-COLOURS = {
-    "this fork": "#2a6f97",
-    "this fork, 1024 bins": "#61b5d9",
-    "this fork, in a group": "#1b4332",
-    "cross-entropy": "#6c757d",
-    "Kornia 0.9.0": "#b23a48",
-    "textbook": "#e07a1f",
-}
-OTHERS = ["#7b5ea7", "#4f9d69"]
+OURS, BINNED, BASELINE, RELEASE = "this fork", "this fork, 1024 bins", "cross-entropy", "Kornia 0.9.0"
+COLOURS = {OURS: "#2a6f97", BINNED: "#61a5c2", BASELINE: "#6c757d", RELEASE: "#b23a48"}
 
 
 def draw(raw: Path, path: Path) -> None:
     results = json.loads(raw.read_text())
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    style = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
-        figure, (cost, error) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        colours = dict(COLOURS)
-        names = list(next(iter(results["sweep"].values())))
-        colours.update(zip([name for name in names if name not in colours], OTHERS))
-        sides = [int(side) for side in results["sweep"]]
-        for name in names:
-            medians = [1000 * statistics.median(row[name]) for row in results["sweep"].values()]
-            style = "--" if name == "cross-entropy" else "-"
-            cost.loglog(sides, medians, style, marker="o", ms=4, color=colours[name], label=name)
-        cost.set_title("time of a softmax loss, 21 classes, forward + backward", loc="left", fontsize=11)
-        cost.set(xlabel="image side", ylabel="milliseconds")
-        sides = [int(side) for side in results["errors"]]
-        for name in next(iter(results["errors"].values())):
-            values = [row[name]["gradient"] for row in results["errors"].values()]
-            error.loglog(sides, values, marker="o", ms=4, color=colours[name], label=name)
-        error.set_title("relative gradient error of the hinge loss, float32", loc="left", fontsize=11)
-        error.set(xlabel="image side")
-        for axis, ticks in ((cost, results["sweep"]), (error, results["errors"])):
-            axis.set_xticks([int(tick) for tick in ticks], list(ticks))
-            axis.minorticks_off()
-            axis.grid(axis="y", color="#e8e8e8")
-        last = max(row[name]["gradient"] for row in results["errors"].values())
-        error.annotate("the others coincide", (sides[-1], last), (-14, -2), textcoords="offset points", ha="right")
-        figure.legend(
-            *cost.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10
+        figure, (cost, error) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+        grid = results["grid"]["idle"]
+        sizes = [prod(map(int, re.search(r"\d+(x\d+)+", label).group().split("x"))) for label in grid]
+        for name in (RELEASE, OURS):
+            times = [
+                statistics.median(a / b for a, b in zip(seconds[name], seconds[BASELINE])) for seconds in grid.values()
+            ]
+            cost.loglog(sizes, times, "o", ms=6, alpha=0.75, color=COLOURS[name], label=name)
+        cost.axhline(1, color=COLOURS[BASELINE], ls="--")
+        cost.annotate("cross-entropy", (min(sizes), 1), (0, -16), textcoords="offset points", color=COLOURS[BASELINE])
+        cost.set_title(
+            f"Time of {len(grid)} scenes drawn at random,\nin multiples of cross-entropy", loc="left", fontsize=13
         )
+        cost.set(xlabel="logits in the batch")
+        cost.legend(frameon=False, loc="upper left", handletextpad=0.1)
+        sides = [int(side) for side in results["errors"]]
+        # The textbook form and other libraries have the curve of Kornia.
+        labels = {RELEASE: "Kornia 0.9.0 and other libraries", BINNED: BINNED, OURS: OURS}
+        for name, label in labels.items():
+            values = [row[name]["gradient"] for row in results["errors"].values()]
+            error.loglog(sides, values, marker="o", ms=5, color=COLOURS[name])
+            error.annotate(
+                label, (sides[-1], values[-1]), (0, 9), textcoords="offset points", ha="right", color=COLOURS[name]
+            )
+        error.set_title("Relative gradient error of the hinge loss,\nfloat32", loc="left", fontsize=13)
+        error.set(xlabel="image side")
+        error.set_xticks(sides, [str(side) for side in sides])
+        error.minorticks_off()
+        for axis in (cost, error):
+            axis.grid(axis="y", color="#e8e8e8")
         machine = results["machine"]
         note = f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}"
-        figure.text(1, 1.01, note, ha="right", va="bottom", fontsize=8, color="#777777")
-        figure.savefig(path, dpi=130, bbox_inches="tight")
+        figure.text(1, -0.01, note, ha="right", va="top", fontsize=10, color="#777777")
+        figure.savefig(path, dpi=110, bbox_inches="tight")
         plt.close(figure)
 
 

@@ -7,48 +7,56 @@ documentation from them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import datetime as dt
+import functools
 import gc
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from figure import draw
-from implementations import BASELINE, GROUPED, OURS, RELEASE, implementations, textbook_hinge, textbook_terms
+from implementations import (
+    BASELINE,
+    BINNED,
+    GROUPED,
+    OURS,
+    RELEASE,
+    Loss,
+    implementations,
+    textbook_hinge,
+    textbook_terms,
+)
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from scenes import hinge_scene, softmax_scene
+from scenes import Scene, draw_scenes
 from torch.utils.benchmark import Timer
 
 from kornia.losses import lovasz_softmax_loss
 
 HERE = Path(__file__).resolve().parent
-ROUNDS, SMOKE_ROUNDS = 5, 1
+ROUNDS, DRAWS = 5, 60
 SHAPES = {
     "softmax": [(2, 21, 512, 512), (1, 19, 512, 1024), (2, 150, 256, 256)],
     "hinge": [(4, 1, 512, 512), (1, 1, 2048, 2048)],
 }
-SMALL = {"softmax": [(2, 21, 32, 32)], "hinge": [(2, 1, 32, 32)]}
-SWEEP = [(1, 21, side, side) for side in (32, 64, 128, 256, 512, 1024)]
+SMALL = [Scene("softmax", (2, 21, 32, 32), "early"), Scene("hinge", (2, 1, 32, 32), "early")]
 ERROR_SIDES = [64, 128, 256, 512, 1024, 2048, 4096]
 BATCH_WIDE = (8, 21, 512, 512)
 
 
-def scene(kind: str, shape: tuple[int, ...], stage: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    pred, target = (softmax_scene if kind == "softmax" else hinge_scene)(tuple(shape), stage)
-    return pred.to(device).requires_grad_(), target.to(device)
-
-
-def measure_times(kind: str, shape: tuple[int, ...], stage: str, device: torch.device, rounds: int) -> dict:
-    """Seconds of forward and backward in every round, the implementations in turn within a round."""
-    pred, target = scene(kind, shape, stage, device)
+def measure_times(scene: Scene, losses: dict[str, Loss], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of forward and backward in every round, the losses in turn within a round."""
+    pred, target = on_device(scene, device)
 
     def step(loss) -> None:
         pred.grad = None
@@ -56,11 +64,46 @@ def measure_times(kind: str, shape: tuple[int, ...], stage: str, device: torch.d
 
     timers = {
         name: Timer("step(loss)", globals={"step": step, "loss": loss}, num_threads=torch.get_num_threads())
-        for name, loss in implementations(kind).items()
+        for name, loss in losses.items()
     }
     for timer in timers.values():
         timer.timeit(1)
     return in_turn(timers, rounds, pred.numel())
+
+
+def on_device(scene: Scene, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    pred, target = scene.tensors()
+    return pred.to(device).requires_grad_(), target.to(device)
+
+
+def rivals(scene: Scene) -> dict[str, Loss]:
+    """This fork with the options of a scene, cross-entropy and the release, which has no options."""
+    losses = implementations(scene.kind)
+    return {
+        OURS: functools.partial(losses[OURS], **scene.options),
+        BASELINE: losses[BASELINE],
+        RELEASE: losses[RELEASE],
+    }
+
+
+def compiled(scene: Scene) -> dict[str, Loss]:
+    """This fork exact and by bins, in eager code and compiled."""
+    losses = {name: implementations(scene.kind)[name] for name in (OURS, BINNED)}
+    return losses | {f"{name}, compiled": torch.compile(loss) for name, loss in losses.items()}
+
+
+@contextlib.contextmanager
+def circumstances(name: str) -> Iterator[None]:
+    """One thread instead of all, or two other processes that keep the processor busy."""
+    threads = torch.get_num_threads()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (name == "busy"))]
+    torch.set_num_threads(1 if name == "one thread" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for process in busy:
+            process.kill()
 
 
 def in_turn(timers: dict[str, Timer], rounds: int, pixels: int) -> dict[str, list[float]]:
@@ -79,31 +122,32 @@ def spread(ratios: list[float], digits: int) -> str:
     return f"{statistics.median(ratios):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def measure_memory(kind: str, shape: tuple[int, ...], stage: str, device: torch.device) -> dict[str, float]:
+def measure_memory(scene: Scene, device: torch.device) -> dict[str, float]:
     """Extra memory at the peak of forward and backward, in multiples of the logits; each in a process of its own."""
     # Large blocks then go back to the system as soon as they are freed: what counts is the memory in use, not the
     # gaps that the allocator leaves, which change from run to run.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    described = [scene.kind, json.dumps(scene.shape), scene.stage]
     return {
         name: float(
             subprocess.run(
-                [sys.executable, __file__, "--peak", kind, json.dumps(shape), stage, name, "--device", str(device)],
+                [sys.executable, __file__, "--peak", *described, name, "--device", str(device)],
                 check=True,
                 capture_output=True,
                 text=True,
                 env=environment,
             ).stdout.split()[-1]
         )
-        for name in implementations(kind)
+        for name in implementations(scene.kind)
     }
 
 
-def peak(kind: str, shape: tuple[int, ...], stage: str, name: str, device: torch.device) -> float:
+def peak(scene: Scene, name: str, device: torch.device) -> float:
     """The extra memory of one implementation, in this process."""
-    loss = implementations(kind)[name]
-    small, labels = scene(kind, (1, shape[1], 256, 256), stage, device)
+    loss = implementations(scene.kind)[name]
+    small, labels = on_device(scene._replace(shape=(1, scene.shape[1], 256, 256)), device)
     loss(small, labels).backward()  # libraries and thread pools are not the loss's
-    pred, target = scene(kind, shape, stage, device)
+    pred, target = on_device(scene, device)
     size = pred.numel() * pred.element_size()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -166,7 +210,7 @@ def hinge_errors(side: int, device: torch.device) -> dict[str, dict[str, float]]
 
 def softmax_batch_errors(shape: tuple[int, ...], device: torch.device) -> dict[str, float]:
     """The same for the softmax loss of a whole batch, whose float64 reference is made class by class."""
-    pred, target = scene("softmax", shape, "early", device)
+    pred, target = on_device(Scene("softmax", shape, "early"), device)
     loss = lovasz_softmax_loss(pred, target, per_image=False)
     loss.backward()
     reference = pred.detach().double().requires_grad_()
@@ -202,10 +246,6 @@ def _cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def describe(kind: str, shape: tuple[int, ...], stage: str) -> str:
-    return f"{kind} {'x'.join(map(str, shape))} {stage}"
-
-
 def table(title: str, rows: dict[str, dict[str, str]]) -> Table:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     result = Table(title=title, title_justify="left")
@@ -225,57 +265,121 @@ def time_row(seconds: dict[str, list[float]]) -> dict[str, str]:
             row[name] = f"{1000 * statistics.median(values):.2f} ms"
         else:
             row[name] = spread([value / base for value, base in zip(values, seconds[BASELINE])], 2)
-    over = [old / new for old, new in zip(seconds[RELEASE], seconds[OURS])]
-    row["speed-up over Kornia"] = f"{statistics.median(over):.1f}"
+    row["speed-up over Kornia"] = f"{ratio(seconds, RELEASE, OURS):.1f}"
     return row
+
+
+def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over the rounds of how many times as long one takes as another."""
+    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below]))
+
+
+def grid_rows(grid: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, str]]:
+    """The worst, median and best of the scenes drawn at random, the scenes of both ends by name."""
+    rows = {}
+    for title, above, below, worst in (
+        ("speed-up over Kornia", RELEASE, OURS, min),
+        ("in multiples of cross-entropy", OURS, BASELINE, max),
+    ):
+        ratios = {label: ratio(seconds, above, below) for label, seconds in grid.items()}
+        ends = [worst(ratios, key=ratios.get), (max if worst is min else min)(ratios, key=ratios.get)]
+        median = statistics.median(ratios.values())
+        for name, value, label in (
+            ("worst", ratios[ends[0]], ends[0]),
+            ("median", median, ""),
+            ("best", ratios[ends[1]], ends[1]),
+        ):
+            rows[f"{title}, {name}"] = {"": f"{value:.1f}", "scene": label}
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument(
-        "--rounds", type=int, default=ROUNDS, help="timings of each implementation (default: %(default)s)"
-    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timings of each loss (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="scenes drawn at random (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes drawn")
     parser.add_argument("--smoke", action="store_true", help="tiny inputs and one round: does everything run?")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the raw numbers and the figure")
     parser.add_argument("--peak", nargs=4, metavar=("KIND", "SHAPE", "STAGE", "NAME"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         kind, shape, stage, name = args.peak
-        print(peak(kind, tuple(json.loads(shape)), stage, name, args.device))
+        print(peak(Scene(kind, tuple(json.loads(shape)), stage), name, args.device))
         return
 
-    rounds, shapes, small, sweep, sides, batch = args.rounds, SHAPES, SMALL, SWEEP, ERROR_SIDES, BATCH_WIDE
+    scenes = [Scene(kind, shape, stage) for kind in SHAPES for shape in SHAPES[kind] for stage in ("early", "late")]
+    rest = [Scene(kind, SHAPES[kind][0], "random") for kind in SHAPES] + SMALL
+    drawn = list(itertools.islice(draw_scenes(args.seed), args.draws))
+    rounds, sides, batch = args.rounds, ERROR_SIDES, BATCH_WIDE
     if args.smoke:
-        rounds, shapes, small = SMOKE_ROUNDS, {"softmax": [(1, 3, 32, 32)], "hinge": [(1, 1, 32, 32)]}, {}
-        sweep, sides, batch = [(1, 3, 16, 16), (1, 3, 32, 32)], [16, 32], (2, 3, 16, 16)
-    stages = ("late",) if args.smoke else ("early", "late")
-    jobs = [(kind, shape, stage) for kind in shapes for shape in shapes[kind] for stage in stages]
-    jobs += [(kind, shapes[kind][0], "random") for kind in shapes]
-    jobs += [(kind, shape, "early") for kind in small for shape in small[kind]]
+        scenes, rest, rounds = [Scene("softmax", (1, 3, 32, 32), "late"), Scene("hinge", (1, 1, 32, 32), "late")], [], 1
+        drawn, sides, batch = list(itertools.islice(draw_scenes(0, 1 << 14, 1 << 15), 3)), [16, 32], (2, 3, 16, 16)
+    few = drawn[: max(2, len(drawn) // 5)]
+    to_compile = [next(scene for scene in reversed(scenes) if scene.kind == kind) for kind in SHAPES]
 
-    results: dict = {"machine": machine(args.device), "times": {}, "memory": {}, "sweep": {}, "errors": {}}
+    results: dict = {
+        "machine": machine(args.device),
+        "times": {},
+        "grid": {},
+        "compiled": {},
+        "memory": {},
+        "errors": {},
+    }
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("measuring", total=len(jobs) + len(sweep) + len(sides) + 1)
-        for kind, shape, stage in jobs:
-            label = describe(kind, shape, stage)
-            results["times"][label] = measure_times(kind, shape, stage, args.device, rounds)
-            progress.advance(task)
-            if stage != "random" and shape not in small.get(kind, []):
-                results["memory"][label] = measure_memory(kind, shape, stage, args.device)
-        for shape in sweep:
-            results["sweep"][shape[-1]] = measure_times("softmax", shape, "late", args.device, rounds)
-            progress.advance(task)
-        for side in sides:
-            results["errors"][side] = hinge_errors(side, args.device)
-            progress.advance(task)
-        results["batch errors"] = {describe("softmax", batch, "early"): softmax_batch_errors(batch, args.device)}
-        progress.advance(task)
 
+        def each(title: str, things: list) -> Iterator:
+            return progress.track(things, description=title)
+
+        for scene in each("scenes", scenes + rest):
+            losses = implementations(scene.kind)
+            results["times"][str(scene)] = measure_times(scene, losses, args.device, rounds)
+        for name, chosen in (("idle", drawn), ("one thread", few), ("busy", few)):
+            with circumstances(name):
+                results["grid"][name] = {
+                    str(scene): measure_times(scene, rivals(scene), args.device, max(1, rounds // 2 + 1))
+                    for scene in each(f"drawn, {name}", chosen)
+                }
+        for scene in each("compiled", to_compile):
+            results["compiled"][str(scene)] = measure_times(scene, compiled(scene), args.device, rounds)
+        for scene in each("memory", scenes):
+            results["memory"][str(scene)] = measure_memory(scene, args.device)
+        for side in each("errors", sides):
+            results["errors"][side] = hinge_errors(side, args.device)
+        results["batch errors"] = {str(Scene("softmax", batch, "early")): softmax_batch_errors(batch, args.device)}
+
+    report(results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    raw = args.out / f"{args.device.type}.json"
+    raw.write_text(json.dumps(results, indent=1) + "\n")
+    draw(raw, args.out / f"{args.device.type}.png")
+    print(f"raw numbers in {raw}, figure beside it")
+
+
+def report(results: dict) -> None:
+    """Print the tables."""
     console = Console(width=200 if not sys.stdout.isatty() else None)
     console.print(" · ".join(str(value) for value in results["machine"].values()))
     times = {label: time_row(seconds) for label, seconds in results["times"].items()}
     console.print(table(f"Time, forward + backward, in multiples of {BASELINE} (quartiles)", times))
+    console.print(table("Scenes drawn at random", grid_rows(results["grid"]["idle"])))
+    rows = {}
+    for name, grid in results["grid"].items():
+        idle = {label: results["grid"]["idle"][label] for label in grid}
+        gain = [
+            statistics.median(seconds[OURS]) / statistics.median(idle[label][OURS]) for label, seconds in grid.items()
+        ]
+        rows[name] = {
+            "speed-up over Kornia, median": f"{statistics.median(ratio(s, RELEASE, OURS) for s in grid.values()):.1f}",
+            "the same scenes idle": f"{statistics.median(ratio(s, RELEASE, OURS) for s in idle.values()):.1f}",
+            "our time over that idle": f"{statistics.median(gain):.2f}",
+        }
+    console.print(table("The same under other circumstances", rows))
+    rows = {
+        label: {name: f"{1000 * statistics.median(values):.1f} ms" for name, values in seconds.items()}
+        for label, seconds in results["compiled"].items()
+    }
+    console.print(table("Eager and compiled", rows))
     memory = {label: {name: f"{x:.1f}" for name, x in row.items()} for label, row in results["memory"].items()}
     console.print(table("Extra memory at the peak, in multiples of the logits", memory))
     errors = {
@@ -286,12 +390,6 @@ def main() -> None:
         for label, row in results["batch errors"].items()
     }
     console.print(table("Relative error of gradient / loss against float64", errors))
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    raw = args.out / f"{args.device.type}.json"
-    raw.write_text(json.dumps(results, indent=1) + "\n")
-    draw(raw, args.out / f"{args.device.type}.png")
-    console.print(f"raw numbers in {raw}, figure beside it")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Scene(NamedTuple):
 
 
 def draw_scenes(seed: int, least: int = 1 << 16, most: int = 1 << 24) -> Iterator[Scene]:
-    """Draw scenes at random, so that nobody tunes to a list: with that many logits, any shape that a network may have."""
+    """Draw scenes of any shape that a network may have, with so many logits: nobody can tune to a list."""
     generator = random.Random(seed)
 
     def log_uniform(low: float, high: float) -> int:

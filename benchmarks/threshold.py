@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from run import HERE, describe, in_turn, machine, scene, spread, table
+from run import HERE, in_turn, machine, on_device, spread, table
+from scenes import Scene
 from torch.utils.benchmark import Timer
 
 from kornia.metrics import IoUThresholdSearch, best_iou_threshold, iou_at_thresholds
@@ -57,7 +58,7 @@ IMPLEMENTATIONS = {
 
 def measure(shape: tuple[int, ...], stage: str, device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds of every implementation in every round, the implementations in turn within a round."""
-    pred, target = scene("hinge", shape, stage, device)
+    pred, target = on_device(Scene("hinge", shape, stage), device)
     pred, thresholds = pred.detach(), THRESHOLDS.to(device)
     expected = loop(pred, target, thresholds)
     for function in (lean_loop, iou_at_thresholds):
@@ -94,7 +95,7 @@ def main() -> None:
 
     results: dict = {"machine": machine(args.device), "times": {}}
     for shape, stage in jobs:
-        results["times"][describe("hinge", shape, stage)] = measure(shape, stage, args.device, rounds)
+        results["times"][str(Scene("hinge", shape, stage))] = measure(shape, stage, args.device, rounds)
 
     console = Console(width=200 if not sys.stdout.isatty() else None)
     console.print(" · ".join(str(value) for value in results["machine"].values()))

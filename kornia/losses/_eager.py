@@ -18,6 +18,16 @@ def is_eager(tensor: Tensor) -> bool:
     )
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor has values to look at, though a transform of functorch may be active around it."""
+    return is_eager(tensor) or (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._are_functorch_transforms_active()
+    )
+
+
 def is_dual(tensor: Tensor) -> bool:
     """Whether a tensor carries a tangent of forward-mode differentiation."""
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
 from kornia.core.exceptions import ShapeError
-from kornia.core.utils import is_compiling
 
-from ._eager import is_eager
+from ._eager import is_eager, is_readable
 from ._utils import mask_ignore_pixels
 from .one_hot import _check_class_labels
 
@@ -47,12 +46,13 @@ def check_pair(pred: Tensor, target: Tensor, channels: str) -> None:
 
 def _require(condition: Tensor, message: str, labels: Tensor) -> None:
     """Raise unless a condition holds for all labels on the CPU; on CUDA the check would wait for the device."""
-    if labels.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+    if labels.device.type != "cpu":
         return
-    if is_compiling() or not is_eager(condition):
+    if is_readable(condition):
+        if not condition.all():
+            raise ValueError(f"{message}. Got: {labels[~condition].unique()[:5].tolist()}")
+    elif not torch._C._are_functorch_transforms_active():  # which vmap has no rule for
         torch._assert_async(condition.all(), message)
-    elif not condition.all():
-        raise ValueError(f"{message}. Got: {labels[~condition].unique()[:5].tolist()}")
 
 
 def _as_integers(target: Tensor) -> Tensor:

@@ -116,9 +116,12 @@ def _rank_segments(errors: Tensor, foreground: Tensor, lengths: Tensor, totals: 
 def _descending_order(errors: Tensor) -> Tensor:
     """Order of rows of errors ``(R, N)``, the largest first, stable on each device."""
     rows, count = errors.shape
-    if not is_eager(errors) or errors.device.type != "cpu" or errors.numel() < _MIN_DIGITS:
-        return errors.argsort(dim=-1, descending=True, stable=True)
-    keys = _descending_keys(errors.flatten())
+    if not is_eager(errors) or errors.device.type != "cpu":
+        return errors.argsort(dim=1, descending=True, stable=True)
+    keys = _descending_keys(errors)
+    if errors.numel() <= _MIN_DIGITS // 2:
+        return keys.sort(dim=1, stable=True).indices
+    keys = keys.flatten()
     if rows == 1:
         return _order_of_integers(keys).view_as(errors)
     row = torch.arange(rows, device="cpu").unsqueeze(1)

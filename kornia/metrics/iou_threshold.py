@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
-from kornia.losses._eager import is_eager as _is_eager
-from kornia.losses._labels import binary_labels as _binary_labels
-from kornia.losses._labels import check_pair
+from kornia.losses._eager import is_eager
+from kornia.losses._labels import binary_labels, check_pair
 from kornia.losses._lovasz_rank import _descending_order
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def _prepare(pred: Tensor, target: Tensor, ignore_index: Optional[int]) -> tuple
     """Check the arguments; return the logits, where the foreground is and which pixels are valid, all ``(N,)``."""
     check_pair(pred, target, "1")
     logits = pred.detach().flatten().to(torch.promote_types(pred.dtype, torch.float32))
-    labels, valid = _binary_labels(target.detach().flatten(), ignore_index)
+    labels, valid = binary_labels(target.detach().flatten(), ignore_index)
     return logits, labels == 1, valid
 
 
@@ -102,7 +101,7 @@ def _count_above(logits: Tensor, foreground: Tensor, valid: Optional[Tensor], th
     held = thresholds.detach().to(logits.dtype)
     held = torch.where(held > thresholds, held.nextafter(torch.full_like(held, float("-inf"))), held)
     held = held.masked_fill(held.isnan(), float("inf"))  # which sorts, and which nothing is above
-    if not _is_eager(logits):
+    if not is_eager(logits):
         columns = torch.cat([torch.ones_like(foreground)[None], logits.isnan()[None], logits > held[:, None]])
         rows = torch.stack([~foreground, foreground])
         return ((rows if valid is None else rows & valid)[:, None] & columns).sum(-1)
@@ -196,9 +195,9 @@ def _middle(lower: float, upper: float, dtype: torch.dtype) -> Tensor:
         middle = 0.0 if lower <= 0 else lower + 1.0
     else:
         middle = lower / 2 + upper / 2
-    threshold = torch.tensor(middle, dtype=dtype)
+    threshold = torch.tensor(middle, dtype=dtype, device="cpu")
     # Between two numbers of the dtype that are next to each other there is none.
-    return threshold if threshold.item() < upper else torch.tensor(lower, dtype=dtype)
+    return threshold if threshold.item() < upper else torch.tensor(lower, dtype=dtype, device="cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,7 +338,7 @@ class IoUThresholdSearch:
 
     def __init__(self, thresholds: Optional[Tensor] = None, *, ignore_index: Optional[int] = -100) -> None:
         if thresholds is None:
-            thresholds = torch.linspace(0.3, 0.7, 31, dtype=torch.float32).logit()
+            thresholds = torch.linspace(0.3, 0.7, 31, dtype=torch.float32, device="cpu").logit()
         KORNIA_CHECK_IS_TENSOR(thresholds, "thresholds must be Tensor or None.")
         KORNIA_CHECK_SHAPE(thresholds, ["T"])
         if not (thresholds.is_floating_point() and len(thresholds) > 0 and not thresholds.isnan().any()):
@@ -349,6 +348,13 @@ class IoUThresholdSearch:
         self.thresholds = thresholds.detach().clone()
         self.ignore_index = ignore_index
         self.reset()
+
+    def __repr__(self) -> str:
+        low, high = self.thresholds.aminmax()
+        return (
+            f"{type(self).__name__}({len(self.thresholds)} thresholds from {low:.4g} to {high:.4g}, "
+            f"ignore_index={self.ignore_index}, {int(self.counts[:, 0].sum())} pixels counted)"
+        )
 
     def reset(self) -> None:
         """Forget all pixels."""
