@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the Lovász losses share: inputs, the oracle, and the forms that compute a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss, _lovasz_dispatch, lovasz_hinge_loss, lovasz_softmax_loss
+
+from testing.base import BaseTester
+
+INF, NAN = float("inf"), float("nan")
+_FORM_OF = _lovasz_dispatch.form_of
+FORMS = ("traced", "dense", "fast")
+# Rounding of a result whose inputs are exact: the computation itself is at least float32.
+RTOL = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-6, torch.float64: 1e-13}
+# Gradients of the softmax pass through differences of probabilities.
+GRAD_ATOL = {torch.bfloat16: 1e-4, torch.float16: 1e-5, torch.float32: 1e-7, torch.float64: 1e-16}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One of the losses as a function of ``pred`` and ``target``, with what tells it from the other."""
+
+    name: str
+    function: Callable[..., Tensor]
+    module: type[torch.nn.Module]
+    channels: int
+    wrong_label: str  # how an error names a label out of range
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        return self.function(*args, **options)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def grad_atol(self, dtype: torch.dtype) -> float:
+        return 0.0 if self is HINGE else GRAD_ATOL[dtype]
+
+
+HINGE = Loss("hinge", lovasz_hinge_loss, LovaszHingeLoss, 1, "0 for the background and 1 for the foreground")
+SOFTMAX = Loss("softmax", lovasz_softmax_loss, LovaszSoftmaxLoss, 4, "Class values must be")
+both_losses = pytest.mark.parametrize("loss", [HINGE, SOFTMAX], ids=str)
+
+OPTIONS = {
+    HINGE: [
+        {},
+        {"per_image": False},
+        {"reduction": "none"},
+        {"ignore_index": 255, "reduction": "sum"},
+        {"ignore_index": None},
+    ],
+    SOFTMAX: [
+        {},
+        {"classes": "present", "per_image": False},
+        {"classes": (2, 0), "reduction": "none"},
+        {"ignore_index": 255, "classes": "present", "reduction": "sum"},
+        {"ignore_index": None, "weight": torch.tensor([0.5, 2.0, 0.0, 3.0])},
+    ],
+}
+both_losses_with_options = pytest.mark.parametrize(
+    ("loss", "options"),
+    [pytest.param(loss, options, id=f"{loss}-{i}") for loss in OPTIONS for i, options in enumerate(OPTIONS[loss])],
+)
+
+
+def make_inputs(loss, device, dtype, shape=(3, 5, 6), *, labels=None, ignored=None, scale=None, seed=0):
+    """Logits and labels. Of few pixels, the logits are exact in every dtype, and no two hinge errors are equal.
+
+    Args:
+        loss: which one.
+        device: of both.
+        dtype: of the logits.
+        shape: of the labels.
+        labels: how many labels occur; of the classes of the softmax loss, the last does not by default.
+        ignored: a label for the second line of the first image.
+        scale: of the logits.
+        seed: of what is drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch, height, width = shape
+    count = batch * height * width
+    target = torch.randint(0, labels or max(2, loss.channels - 1), shape, generator=generator)
+    if loss is HINGE and count <= 128 and scale is None:
+        pred = (4 * torch.randperm(count, generator=generator) - 2 * count + 1).double() / 16
+    else:
+        pred = torch.randn(count * loss.channels, generator=generator, dtype=torch.float64) * (scale or 2)
+        if count <= 128:
+            pred = pred.bfloat16()
+    pred = pred.view(batch, loss.channels, height, width)
+    if ignored is not None:
+        target[0, 1] = ignored
+    return pred.to(device, dtype), target.to(device)
+
+
+def right_logits(loss, target, margin=1.0):
+    """Logits that have each label right by a margin, float64."""
+    if loss is HINGE:
+        return margin * (2.0 * target.unsqueeze(1).double() - 1.0)
+    return margin * torch.nn.functional.one_hot(target, loss.channels).movedim(-1, 1).double()
+
+
+def value_and_grad(function, pred, target, *args, **options):
+    leaf = pred.detach().clone().requires_grad_()
+    value = function(leaf, target, *args, **options)
+    (grad,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), grad
+
+
+def jaccard_loss(missed: int, alarms: int, total: int) -> Fraction:
+    """1 - IoU of a prediction that misses some of ``total`` foreground pixels and raises false alarms."""
+    return Fraction(missed + alarms, total + alarms) if total + alarms else Fraction(0)
+
+
+def extension(errors: Tensor, foreground: Tensor) -> Tensor:
+    """The Lovász extension by its definition: the wrong set grows by one pixel at a time, the largest error first."""
+    counts, before, weights = [0, 0], Fraction(0), [0.0] * len(errors)
+    is_foreground, total = foreground.tolist(), int(foreground.sum())
+    for i in errors.argsort(descending=True, stable=True).tolist():
+        counts[0 if is_foreground[i] else 1] += 1
+        after = jaccard_loss(*counts, total)
+        weights[i], before = float(after - before), after
+    weights = torch.tensor(weights, dtype=torch.float64)
+    return (errors.masked_fill((weights == 0) & errors.isinf(), 0.0) * weights).sum()
+
+
+def oracle(
+    loss, pred, target, weight=None, *, classes="all", ignore_index=-100, per_image=True, reduction="mean"
+) -> Tensor:
+    """The loss with all its options from the definition, in float64 on the CPU and under autograd."""
+    pred, target = pred.double().cpu(), target.cpu()
+    groups = list(zip(pred.flatten(2), target.flatten(1)))
+    if not per_image:
+        groups = [(pred.movedim(1, 0).flatten(1), target.flatten())]
+    losses = []
+    for logits, labels in groups:
+        if ignore_index is not None:
+            logits, labels = logits[:, labels != ignore_index], labels[labels != ignore_index]
+        losses.append(_oracle_of_group(loss, logits, labels, weight, classes))
+    stacked = torch.stack(losses) if losses else pred.new_zeros(0)
+    return {"none": stacked, "sum": stacked.sum(), "mean": stacked.sum() / max(1, len(losses))}[reduction]
+
+
+def _oracle_of_group(loss, logits, labels, weight, classes):
+    if len(labels) == 0:
+        return logits.sum()
+    if loss is HINGE:
+        return extension((1 - logits[0] * (2 * labels - 1)).relu(), labels == 1)
+    probabilities, terms = logits.softmax(0), {}
+    for c in range(len(logits)):
+        others = torch.cat([probabilities[:c], probabilities[c + 1 :]]).sum(0)
+        terms[c] = extension(torch.where(labels == c, others, probabilities[c]), labels == c)
+    averaged = {"all": range(len(logits)), "present": labels.unique().tolist()}.get(str(classes), classes)
+    factors = torch.ones(len(logits)) if weight is None else weight.double().cpu()
+    return sum(factors[c] * terms[c] for c in averaged) / len(averaged)
+
+
+def force_form(monkeypatch, form: str, slab: int = 100, digits: int = 4) -> None:
+    """Have one form compute every loss that it can, a slab at a time.
+
+    Args:
+        monkeypatch: what undoes it.
+        form: "traced", "dense" or "fast". What has to be traced is, and bins have no fast form. With "usual", nothing
+            is changed.
+        slab: how many errors are ranked at a time.
+        digits: from how many errors on they are sorted by digits.
+    """
+    if form == "usual":
+        return
+
+    def form_of(logits, weight, options):
+        chosen = _FORM_OF(logits, weight, options)
+        if chosen == "traced" or logits.numel() == 0:
+            return chosen
+        return "dense" if form == "fast" and options.num_bins is not None else form
+
+    monkeypatch.setattr("kornia.losses._lovasz_dispatch.form_of", form_of)
+    monkeypatch.setattr("kornia.losses._lovasz_dispatch._SLAB", slab)
+    monkeypatch.setattr("kornia.losses._lovasz_fast._SLAB", slab)
+    monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: slab)
+    monkeypatch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", digits)
+
+
+class LovaszTester(BaseTester):
+    @pytest.fixture(autouse=True, params=FORMS)
+    def form(self, request, monkeypatch):
+        """Every test runs with each form, whatever the size of its inputs, and in small slabs."""
+        torch.manual_seed(0)
+        with monkeypatch.context() as patch:
+            force_form(patch, request.param)
+            yield request.param
+
+
+def with_forms(*forms):
+    """Run a test with these forms only."""
+    return pytest.mark.parametrize("form", forms, indirect=True)

@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract that both Lovász losses share."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from lovasz import (
+    HINGE,
+    INF,
+    NAN,
+    RTOL,
+    LovaszTester,
+    both_losses,
+    both_losses_with_options,
+    force_form,
+    make_inputs,
+    oracle,
+    right_logits,
+    value_and_grad,
+    with_forms,
+)
+
+from kornia.core._compat import torch_version_ge
+from kornia.core.exceptions import ShapeError
+
+
+def ignored_label(options):
+    return options.get("ignore_index", -100)
+
+
+@both_losses
+class TestLovaszChecks(LovaszTester):
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 5), (4, 2, 1), (0, 3, 2), (2, 0, 3)])
+    @pytest.mark.parametrize("per_image", [True, False])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("num_bins", [None, 8])
+    def test_cardinality(self, loss, num_bins, reduction, per_image, shape, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, shape)
+        value = loss(pred.requires_grad_(), target, per_image=per_image, reduction=reduction, num_bins=num_bins)
+        groups = shape[0] if per_image else 1
+        assert value.shape == ((groups,) if reduction == "none" else ())
+        assert value.dtype == dtype
+        assert value.device == pred.device
+        (grad,) = torch.autograd.grad(value.sum(), pred)
+        assert grad.shape == pred.shape
+        assert grad.dtype == dtype
+        assert torch.isfinite(grad).all()
+        if target.numel() == 0:
+            assert (value == 0).all()
+
+    def test_exception(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, (2, 3, 4))
+        with pytest.raises(ShapeError, match="expected 4 dimensions, got 3"):
+            loss(pred[:, 0], target)
+        with pytest.raises(ShapeError, match="expected 3 dimensions, got 4"):
+            loss(pred, target[:, None])
+        with pytest.raises(ValueError, match="pred and target shapes must be the same"):
+            loss(pred, target[..., :-1])
+        with pytest.raises(ValueError, match="pred and target shapes must be the same"):
+            loss(pred, target[:1])
+        with pytest.raises(ValueError, match="pred and target must be in the same device"):
+            loss(pred, target.to("meta"))
+        with pytest.raises((AttributeError, TypeError)):
+            loss(pred.tolist(), target)
+        with pytest.raises(TypeError):
+            loss(pred, target, None, 255)  # the options are keyword-only
+
+    @pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
+    @pytest.mark.parametrize("ignore_index", [-100, None, 255])
+    def test_exception_label(self, loss, ignore_index, label_dtype, dtype):
+        pred, target = make_inputs(loss, "cpu", dtype)
+        for wrong in (loss.channels + 1, 156, -1):  # 156 is -100 in 8 bits, -1 is 255
+            target[0, 0, 0] = wrong
+            if wrong > 0 or label_dtype != torch.uint8:
+                with pytest.raises((ValueError, RuntimeError), match=loss.wrong_label):
+                    loss(pred, target.to(label_dtype), ignore_index=ignore_index)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"reduction": "average"}, r"reduction must be 'mean', 'sum' or 'none'\. Got: 'average'"),
+            ({"reduction": None}, r"reduction must be 'mean', 'sum' or 'none'\. Got: None"),
+            *(
+                ({"num_bins": bins}, r"num_bins must be None or an integer in \[1, 65536\]")
+                for bins in (0, -3, 1.5, "64", True, 1 << 17)
+            ),
+            *(({"per_image": value}, "per_image must be True or False") for value in (None, "False", 1)),
+            *(
+                ({"ignore_index": value}, "ignore_index must be None or a 64-bit integer")
+                for value in ("255", 0.5, NAN, 2**70, True)
+            ),
+            ({"group": "world"}, "group must be None or a torch.distributed process group"),
+        ],
+        ids=str,
+    )
+    def test_exception_options(self, loss, options, message):
+        # of the function, and of the module as soon as it is made
+        with pytest.raises(ValueError, match=message):
+            loss(*make_inputs(loss, "cpu", torch.float32), **options)
+        with pytest.raises(ValueError, match=message):
+            loss.module(**options)
+
+    def test_module(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, ignored=255)
+        options = {"ignore_index": 255, "per_image": False, "reduction": "none", "num_bins": 32}
+        module = loss.module(**options)
+        assert torch.equal(module(pred, target), loss(pred, target, **options))
+        for name, value in options.items():
+            assert f"{name}={value!r}" in repr(module)
+        assert torch.equal(loss.module(ignore_index=255)(pred, target), loss(pred, target, ignore_index=255))
+
+
+@both_losses
+class TestLovaszValues(LovaszTester):
+    @pytest.mark.parametrize("labels", [1, 2, 4])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_feature_oracle(self, loss, seed, labels, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, labels=min(labels, max(2, loss.channels)), ignored=9, seed=seed)
+        for options in ({}, {"per_image": False}, {"reduction": "sum"}, {"reduction": "none"}):
+            value, grad = value_and_grad(loss, pred, target, ignore_index=9, **options)
+            expected, expected_grad = value_and_grad(
+                lambda *pair, **options: oracle(loss, *pair, **options),
+                pred.double(),
+                target,
+                ignore_index=9,
+                **options,
+            )
+            self.assert_close(value.double().cpu(), expected, rtol=2 * RTOL[dtype], atol=1e-16)
+            self.assert_close(grad.double(), expected_grad, rtol=4 * RTOL[dtype], atol=loss.grad_atol(dtype))
+
+    def test_feature_vertices(self, loss, device, dtype):
+        # predictions that are certain: errors of 0 and 2 for the hinge loss, 0 and 1 for the softmax loss
+        _, target = make_inputs(loss, device, dtype, (2, 6, 6))
+        _, predicted = make_inputs(loss, device, dtype, (2, 6, 6), labels=max(2, loss.channels), seed=1)
+        pred = right_logits(loss, predicted, 1.0 if loss is HINGE else 200.0).to(dtype)
+        expected = []
+        for p, t in zip(predicted, target):
+            terms = []
+            for c in [1] if loss is HINGE else range(4):
+                union = ((p == c) | (t == c)).sum().item()
+                terms.append(1 - ((p == c) & (t == c)).sum().item() / union if union else 0.0)
+            expected.append(sum(terms) / len(terms) * (2 if loss is HINGE else 1))
+        actual = loss(pred, target, reduction="none")
+        self.assert_close(actual.double().tolist(), expected, rtol=RTOL[dtype], atol=0.0)
+
+    def test_feature_order_of_pixels_and_ties(self, loss, device, dtype):
+        # any order of equal errors is a valid subgradient; the value knows no order
+        pred, target = make_inputs(loss, device, dtype, (1, 8, 8))
+        for logits in (pred, torch.zeros_like(pred), pred.sign()):
+            order = torch.randperm(64, device=device)
+            shuffled = (x.flatten(-2)[..., order].reshape(x.shape) for x in (logits, target))
+            expected = oracle(loss, logits, target).item()
+            self.assert_close(loss(logits, target).item(), expected, rtol=RTOL[dtype], atol=0.0)
+            self.assert_close(loss(*shuffled).item(), expected, rtol=RTOL[dtype], atol=0.0)
+
+    @pytest.mark.parametrize("per_image", [True, False])
+    @pytest.mark.parametrize("ignore_index", [-100, 255, 0, 1])
+    @pytest.mark.parametrize("num_bins", [None, 16])
+    def test_feature_ignored_pixels_do_not_exist(self, loss, num_bins, ignore_index, per_image, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, (2, 3, 8))
+        target[:, :, :5][target[:, :, :5] == ignore_index] = 1 if ignore_index == 0 else 0
+        target[:, :, 5:] = ignore_index
+        pred[..., 5] = NAN
+        pred[..., 6] = INF
+        options = {"per_image": per_image, "num_bins": num_bins}
+        value, grad = value_and_grad(loss, pred, target, ignore_index=ignore_index, **options)
+        expected, kept = value_and_grad(loss, pred[..., :5], target[..., :5], ignore_index=None, **options)
+        self.assert_close(value, expected, rtol=RTOL[dtype], atol=0.0)
+        self.assert_close(grad[..., :5], kept, rtol=RTOL[dtype], atol=loss.grad_atol(dtype))
+        assert (grad[..., 5:] == 0).all()
+
+    def test_feature_scattered_ignored_pixels(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, (1, 9, 9))
+        ignored = torch.rand(target.shape, device=device) < 0.4
+        kept = ~ignored[0]
+        expected = loss(pred[:, :, kept][..., None], target[:, kept][..., None])
+        actual = loss(pred, target.masked_fill(ignored, 77), ignore_index=77)
+        self.assert_close(actual, expected, rtol=RTOL[dtype], atol=0.0)
+
+    @pytest.mark.parametrize("per_image", [True, False])
+    @pytest.mark.parametrize("num_bins", [None, 16])
+    def test_feature_nothing_valid(self, loss, num_bins, per_image, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, (2, 3, 4))
+        target[0] = -100
+        if not per_image:
+            target[1] = -100
+        value, grad = value_and_grad(loss, pred, target, reduction="none", per_image=per_image, num_bins=num_bins)
+        assert value[0] == 0
+        assert (grad[0] == 0).all()
+        assert per_image == bool((grad[1] != 0).any())
+
+    @pytest.mark.parametrize("num_bins", [None, 16])
+    def test_feature_per_image(self, loss, num_bins, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        one_by_one = [value_and_grad(loss, p[None], t[None], num_bins=num_bins) for p, t in zip(pred, target)]
+        values, grads = value_and_grad(loss, pred, target, reduction="none", num_bins=num_bins)
+        self.assert_close(values, torch.stack([value for value, _ in one_by_one]), rtol=RTOL[dtype], atol=0.0)
+        expected = torch.cat([grad for _, grad in one_by_one])
+        self.assert_close(grads, expected, rtol=4 * RTOL[dtype], atol=loss.grad_atol(dtype))
+
+    @pytest.mark.parametrize("num_bins", [None, 16])
+    def test_feature_batch_is_one_image(self, loss, num_bins, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        value, grad = value_and_grad(loss, pred, target, per_image=False, num_bins=num_bins)
+        tall = pred.movedim(0, 1).reshape(1, -1, 15, 6)
+        expected, tall_grad = value_and_grad(loss, tall, target.reshape(1, 15, 6), num_bins=num_bins)
+        self.assert_close(value, expected, rtol=RTOL[dtype], atol=0.0)
+        expected_grad = tall_grad.view(-1, 3, 5, 6).movedim(0, 1)
+        self.assert_close(grad, expected_grad, rtol=4 * RTOL[dtype], atol=loss.grad_atol(dtype))
+
+    def test_feature_integer_pred(self, loss, device):
+        pred, target = make_inputs(loss, device, torch.float64, (1, 4, 5))
+        for each in (pred.round().long(), pred > 0):
+            for options in ({}, {"num_bins": 1024}):
+                value = loss(each, target, **options)
+                assert value.dtype == torch.float32
+                self.assert_close(
+                    value.item(), oracle(loss, each, target).item(), rtol=1e-2 if options else 1e-6, atol=0.0
+                )
+
+    @pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int32, torch.float16, torch.float64])
+    def test_feature_label_dtypes(self, loss, label_dtype, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        assert torch.equal(loss(pred, target.to(label_dtype)), loss(pred, target))
+
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    @pytest.mark.parametrize("num_bins", [None, 8])
+    def test_feature_nan(self, loss, num_bins, sign, device, dtype):
+        # whatever its sign bit, a nan must not rank where the weight is 0 and then count as nothing
+        for label in (0, 1):
+            pred, target = make_inputs(loss, device, dtype, (2, 3, 4))
+            pred[0, 0, 1, 1] = torch.copysign(torch.tensor(NAN), torch.tensor(sign))
+            target[0, 1, 1] = label
+            values = loss(pred, target, reduction="none", num_bins=num_bins)
+            assert torch.isnan(values[0])
+            assert torch.isfinite(values[1])
+            assert torch.isnan(loss(pred, target, per_image=False, num_bins=num_bins))
+            assert torch.isnan(loss(pred.requires_grad_(), target))
+
+    @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+    def test_feature_half_precision_counts(self, loss, half, form, device, monkeypatch):
+        # 2**17 pixels a class: more than either half precision can count, or even hold in float16
+        force_form(monkeypatch, form, slab=1 << 16)
+        pred = torch.full((1, loss.channels, 512, 512), -1.0, device=device, dtype=half)
+        target = torch.zeros(1, 512, 512, dtype=torch.long, device=device)
+        target[:, :256] = 1
+        value, grad = value_and_grad(loss, pred, target)
+        if loss is HINGE:
+            self.assert_close(value.item(), 2.0, rtol=RTOL[half], atol=0.0)
+            self.assert_close(grad.double().sum().item(), -1.0, rtol=0.05, atol=0.0)
+        else:
+            self.assert_close(value.item(), (2 * 0.75 + 2 * 0.25) / 4, rtol=RTOL[half], atol=0.0)
+
+    @pytest.mark.parametrize("options", [{}, {"per_image": False, "ignore_index": 1}])
+    @with_forms("usual")
+    def test_feature_forms_agree(self, loss, options, device, dtype, monkeypatch):
+        # the same gradient from each form, and in slabs of any size
+        pred, target = make_inputs(loss, device, dtype, (2, 40, 50))
+        pred = pred + torch.rand(pred.shape, device=device, dtype=dtype)
+        results = []
+        for form, slab, digits in [
+            ("traced", 1 << 24, 1 << 30),
+            ("dense", 1 << 24, 1 << 30),
+            ("dense", 1, 4),
+            ("fast", 7, 4),
+            ("fast", 1000, 1 << 12),
+            ("fast", 1 << 20, 1),
+        ]:
+            with monkeypatch.context() as patch:
+                force_form(patch, form, slab, digits)
+                results.append(value_and_grad(loss, pred, target, **options))
+        for value, grad in results[1:]:
+            self.assert_close(value, results[0][0], rtol=RTOL[dtype], atol=0.0)
+            self.assert_close(grad.double().sum(), results[0][1].double().sum(), rtol=1e-2, atol=1e-5)
+            if dtype in (torch.float32, torch.float64):  # few logits are equal there
+                difference = (grad - results[0][1]).norm() / results[0][1].norm()
+                assert difference < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@both_losses
+class TestLovaszGradients(LovaszTester):
+    def test_feature_batched_gradients(self, loss, device):
+        # torch.func.vmap over torch.autograd.grad, as its documentation has it
+        pred, target = make_inputs(loss, device, torch.float64)
+        pred.requires_grad_()
+        losses = loss(pred, target, reduction="none")
+        (expected,) = torch.autograd.grad(losses.sum(), pred, retain_graph=True)
+        units = torch.eye(len(losses), device=device, dtype=losses.dtype)
+        grads = torch.func.vmap(lambda unit: torch.autograd.grad(losses, pred, unit, retain_graph=True)[0])(units)
+        self.assert_close(grads.sum(0), expected)
+
+    def test_feature_changes_before_backward(self, loss, form, device):
+        # the logits may change once the loss is there; labels that a second backward would need may not, unnoticed
+        pred, target = make_inputs(loss, device, torch.float64)
+        leaf = pred.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf, target), leaf)
+        logits = leaf.clone()
+        value = loss(logits, target)
+        with torch.no_grad():
+            logits.sigmoid_()
+        if form != "traced":
+            value.backward()
+            self.assert_close(leaf.grad, expected)
+        value = loss(leaf, target)
+        (first,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        target.zero_()
+        if form != "traced":
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(value, leaf)
+        else:
+            self.assert_close(torch.autograd.grad(value, leaf)[0], first)
+
+    @pytest.mark.parametrize("num_bins", [None, 64])
+    def test_feature_repeated_backward(self, loss, num_bins, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        losses = loss(pred.requires_grad_(), target, reduction="none", num_bins=num_bins)
+        upstream = torch.tensor([1.0, -2.0, 0.5], device=device, dtype=dtype)
+        (first,) = torch.autograd.grad(losses, pred, torch.ones_like(losses), retain_graph=True)
+        kept = first.clone()
+        (second,) = torch.autograd.grad(losses, pred, torch.ones_like(losses), retain_graph=True)
+        (scaled,) = torch.autograd.grad(losses, pred, upstream)
+        assert torch.equal(first, second)
+        assert torch.equal(first, kept)
+        assert first.data_ptr() != second.data_ptr()
+        self.assert_close(scaled, first * upstream.view(-1, 1, 1, 1), rtol=2 * RTOL[dtype], atol=1e-7)
+
+    def test_feature_part_of_a_sum(self, loss, device, dtype):
+        # mixed with another loss, through a network, and accumulated over steps
+        pred, target = make_inputs(loss, device, dtype)
+        scale = torch.full((), 1.5, device=device, dtype=dtype, requires_grad=True)
+        (loss(pred * scale, target) * 0.25 + (pred * scale).square().mean()).backward()
+        once = scale.grad.clone()
+        (loss(pred * scale, target) * 0.25 + (pred * scale).square().mean()).backward()
+        self.assert_close(scale.grad, 2 * once)
+        _, grad = value_and_grad(loss, pred * 1.5, target)
+        expected = (0.25 * grad * pred).sum() + 2 * 1.5 * pred.square().mean()
+        self.assert_close(once, expected, rtol=4 * RTOL[dtype] + 1e-5, atol=1e-4)
+
+    def test_feature_without_gradient(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, ignored=-100)
+        pred.requires_grad_()
+        for options in ({}, {"per_image": False}, {"reduction": "none"}, {"num_bins": 16}):
+            expected = loss(pred, target, **options)
+            assert expected.requires_grad
+            assert torch.equal(loss(pred.detach(), target, **options), expected)
+            with torch.no_grad():
+                assert torch.equal(loss(pred, target, **options), expected)
+            with torch.inference_mode():
+                assert torch.equal(loss(pred, target, **options), expected)
+
+    def test_noncontiguous(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype)
+        expected, expected_grad = value_and_grad(loss, pred, target)
+        labels = target.transpose(1, 2).contiguous().transpose(1, 2)
+        for other in (
+            pred.transpose(2, 3).contiguous().transpose(2, 3),
+            pred.to(memory_format=torch.channels_last),
+            pred.movedim(0, 3).contiguous().movedim(3, 0),
+        ):
+            leaf = other.detach().requires_grad_()
+            value = 2 * loss(leaf, labels)  # the gradient has to be scaled
+            self.assert_close(value, 2 * expected, rtol=RTOL[dtype], atol=0.0)
+            value.backward()
+            self.assert_close(leaf.grad, 2 * expected_grad, rtol=2 * RTOL[dtype], atol=2 * loss.grad_atol(dtype))
+
+    def test_inputs_unchanged(self, loss, device, dtype):
+        pred, target = make_inputs(loss, device, dtype, ignored=-100)
+        copies = pred.clone(), target.clone()
+        for options in ({}, {"num_bins": 8}):
+            value_and_grad(loss, pred, target, **options)
+            loss(pred, target, **options)
+        assert torch.equal(pred, copies[0])
+        assert torch.equal(target, copies[1])
+
+    @pytest.mark.parametrize("options", [{}, {"per_image": False, "ignore_index": 255}, {"num_bins": 64}])
+    def test_deterministic(self, loss, options, device, dtype):
+        # over runs, and over threads that call at the same time
+        pred, target = make_inputs(loss, device, dtype, (2, 40, 40), ignored=ignored_label(options))
+        torch.use_deterministic_algorithms(True)
+        try:
+            results = [value_and_grad(loss, pred, target, **options) for _ in range(2)]
+            with ThreadPoolExecutor(4) as pool:
+                results += pool.map(lambda _: value_and_grad(loss, pred, target, **options), range(4))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for value, grad in results[1:]:
+            assert torch.equal(value, results[0][0])
+            assert torch.equal(grad, results[0][1])
+
+    @pytest.mark.parametrize("dtype_outside", [torch.float32, torch.bfloat16, torch.float16])
+    def test_autocast(self, loss, dtype_outside, device):
+        pred, target = make_inputs(loss, device, dtype_outside)
+        expected = loss(pred.float(), target)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            actual = loss(pred, target)
+        assert actual.dtype == torch.float32
+        self.assert_close(actual, expected, rtol=1e-6, atol=0.0)
+
+
+@both_losses_with_options
+class TestLovaszTransforms(LovaszTester):
+    def make(self, loss, options, device, shape=(2, 3, 4), seed=0, dtype=torch.float64):
+        ignored = options.get("ignore_index", -100)
+        options = {name: x.to(device, dtype) if torch.is_tensor(x) else x for name, x in options.items()}
+        return *make_inputs(loss, device, dtype, shape, ignored=ignored, scale=2.0, seed=seed), options
+
+    @pytest.mark.grad
+    def test_gradcheck(self, loss, options, device):
+        pred, target, options = self.make(loss, options, device)
+        # no two errors equal, and none within the step of 0
+        pred += torch.linspace(0.0, 1e-2, pred.numel(), device=device, dtype=pred.dtype).view_as(pred)
+        pred.requires_grad_()
+
+        def function(x):
+            return loss(x, target, **options)
+
+        self.gradcheck(function, pred, fast_mode=False, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, pred, check_fwd_over_rev=True)
+
+    @with_forms("dense", "fast")
+    def test_functorch(self, loss, options, device):
+        pred, target, options = self.make(loss, options, device)
+        leaf = pred.clone().requires_grad_()
+        value = loss(leaf, target, **options).sum()
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        gradient = gradient.detach()
+
+        def function(x):
+            return loss(x, target, **options).sum()
+
+        self.assert_close(torch.func.grad(function)(pred), gradient, rtol=1e-12, atol=1e-16)
+        tangent = torch.randn_like(pred)
+        primal, derivative = torch.func.jvp(function, (pred,), (tangent,))
+        self.assert_close(primal, value.detach(), rtol=1e-12, atol=0.0)
+        self.assert_close(derivative, (gradient * tangent).sum(), rtol=1e-12, atol=1e-12)
+        hessian = torch.func.hessian(function)(pred)
+        if loss is HINGE:  # piecewise linear
+            assert (hessian == 0).all()
+        else:
+            (first,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+            rows = [torch.autograd.grad(g, leaf, retain_graph=True)[0] for g in first.flatten()]
+            self.assert_close(hessian, torch.stack(rows).view_as(hessian), rtol=1e-10, atol=1e-16)
+            assert (hessian != 0).any()
+        if options.get("per_image", True):
+            single = torch.func.vmap(lambda x, t: loss(x[None], t[None], **options).sum())(pred, target)
+            expected = loss(pred, target, **{**options, "reduction": "none"})
+            self.assert_close(single, expected, rtol=1e-12, atol=0.0)
+
+    # Compiled code takes the traced form: comparing it with eager code is enough, once.
+    @pytest.mark.jit
+    @with_forms("dense")
+    @pytest.mark.parametrize("num_bins", [None, 64])
+    def test_dynamo(self, loss, options, num_bins, device, torch_optimizer):
+        options = {**options, "num_bins": num_bins}
+        compiled = torch_optimizer(loss.function, fullgraph=True, dynamic=True)
+        for step, shape in enumerate([(2, 6, 9), (2, 5, 11), (2, 8, 3)]):
+            pred, target, arguments = self.make(loss, options, device, shape, step, torch.float32)
+            value, grad = value_and_grad(loss, pred, target, **arguments)
+            # the first step may compile, no later one
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                actual, actual_grad = value_and_grad(compiled, pred, target, **arguments)
+            self.assert_close(actual, value, rtol=1e-5 if num_bins else 1e-6, atol=0.0)
+            if num_bins is None:
+                self.assert_close(actual_grad, grad, rtol=1e-5, atol=1e-8)
+            else:
+                assert (actual_grad - grad).norm() < 1e-4 * grad.norm()  # a pixel can be at the edge of a bin
+
+
+@both_losses
+@with_forms("dense")
+@pytest.mark.jit
+class TestLovaszCompiled(LovaszTester):
+    @pytest.mark.skipif(not torch_version_ge(2, 9), reason="Inductor drops asserts before PyTorch 2.9")
+    def test_dynamo_exception(self, loss, torch_optimizer):
+        compiled = torch_optimizer(loss.function, fullgraph=True)
+        pred, target = make_inputs(loss, "cpu", torch.float32)
+        with pytest.raises(RuntimeError, match=loss.wrong_label):
+            compiled(pred, target + 4)
+
+    def test_dynamo_static(self, loss, device, torch_optimizer):
+        compiled = torch_optimizer(loss.module(per_image=False), fullgraph=True, dynamic=False)
+        pred, target = make_inputs(loss, device, torch.float32)
+        value, grad = value_and_grad(compiled, pred, target)
+        expected, expected_grad = value_and_grad(loss, pred, target, per_image=False)
+        self.assert_close(value, expected, rtol=1e-6, atol=0.0)
+        self.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-8)
+
+    @pytest.mark.parametrize("num_bins", [None, 64])
+    def test_export(self, loss, num_bins, device):
+        pred, target = make_inputs(loss, device, torch.float32, ignored=-100)
+        dims = {i: torch.export.Dim(f"size_{i}", min=2, max=1 << 6) for i in (0, 2, 3)}
+        exported = torch.export.export(
+            loss.module(num_bins=num_bins),
+            (pred, target),
+            dynamic_shapes={"pred": dims, "target": {0: dims[0], 1: dims[2], 2: dims[3]}},
+        ).module()
+        for shape in [(3, 5, 6), (2, 7, 3)]:
+            pred, target = make_inputs(loss, device, torch.float32, shape)
+            self.assert_close(exported(pred, target), loss(pred, target, num_bins=num_bins), rtol=1e-5, atol=0.0)
