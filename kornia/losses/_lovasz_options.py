@@ -51,14 +51,14 @@ class Options(NamedTuple):
         return self._replace(ignore_index=ignore_index, num_bins=bins)
 
     def _check_group(self) -> None:
-        if self.per_image:
-            raise ValueError("group makes the batches of all processes one: pass per_image=False. Got: per_image=True")
-        if self.num_bins is None:
-            raise ValueError("group needs errors ranked by bins: pass num_bins, such as num_bins=1024. Got: None")
         if self.group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group must include this process: pass one made with its rank. Got: one without it")
         if not isinstance(self.group, torch.distributed.ProcessGroup):
             raise ValueError(f"group must be None or a torch.distributed process group. Got: {self.group!r}")
+        if self.per_image:
+            raise ValueError("group makes the batches of all processes one: pass per_image=False. Got: per_image=True")
+        if self.num_bins is None:
+            raise ValueError("group needs errors ranked by bins: pass num_bins, such as num_bins=1024. Got: None")
 
     def divisor(self, batch: int) -> int:
         """What the mean over the groups divides by: their number, and 1 for an empty batch, whose loss is 0."""

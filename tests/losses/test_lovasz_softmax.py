@@ -124,7 +124,7 @@ class TestLovaszSoftmaxLoss(LovaszTester):
         expected = oracle(SOFTMAX, reference, target, expected_weight, **options)
         expected_grads = torch.autograd.grad(expected.sum(), (reference, expected_weight))
         for learns in (False, True):
-            leaf, factors = pred.clone().requires_grad_(), weight.to(device, dtype).requires_grad_(learns)
+            leaf, factors = pred.detach().clone().requires_grad_(), weight.to(device, dtype).requires_grad_(learns)
             value = lovasz_softmax_loss(leaf, target, factors, **options)
             self.assert_close(value.double().cpu(), expected.detach(), rtol=4 * RTOL[dtype], atol=1e-16)
             value.sum().backward()

@@ -91,7 +91,7 @@ def counting(request, monkeypatch):
     monkeypatch.setattr("kornia.metrics.iou_threshold._MIN_CELLS", 0 if request.param == "cells" else INF)
     monkeypatch.setattr("kornia.metrics.iou_threshold._PIECE", 9)
     if request.param == "dense":  # the form that is compiled
-        monkeypatch.setattr("kornia.metrics.iou_threshold._is_eager", lambda logits: False)
+        monkeypatch.setattr("kornia.metrics.iou_threshold.is_eager", lambda logits: False)
 
 
 @pytest.fixture
