@@ -39,13 +39,15 @@ if TYPE_CHECKING:
 # From the smallest error to the largest, the width of the narrow bins doubles this many times.
 _OCTAVES = 24
 _MANTISSA_BITS = 23
+# Places to count what does not matter.
+_SPARE = 1 << 10
 # The range of the errors is at least that wide, and its ends at most that large, so that its inverse is finite.
 _NARROWEST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
 
 
 def _slab_size(errors: Tensor) -> int:
     """How many errors to handle at a time, which takes some 40 bytes for each; CUDA takes some time for each step."""
-    return 1 << (18 if errors.device.type == "cpu" else 24)
+    return 1 << (18 if errors.device.type == "cpu" else 22)
 
 
 def rank_by_bins(
@@ -93,18 +95,23 @@ def rank_by_bins(
     starts = torch.arange(0, rows * 2 * num_slots, 2 * num_slots, device=errors.device).unsqueeze(1)
 
     def slots_of(errors: Tensor, foreground: Tensor) -> Tensor:
-        return (_slots((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots) + starts).flatten()
+        return _slots((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots) + starts
 
-    counts = torch.zeros(rows * 2 * num_slots, dtype=torch.int64, device=errors.device)
+    # The background of the first slot has no weight, nor does its number enter another. Where most pixels are right they
+    # are there, and a GPU would wait to count them in one place: they are counted in many, at the end.
+    counts = torch.zeros(rows * 2 * num_slots + _SPARE, dtype=torch.int64, device=errors.device)
     one = torch.ones((), dtype=torch.int64, device=errors.device)
     for part in parts:
         slots = slots_of(*part)
+        spare = torch.arange(slots.shape[1], device=slots.device) % _SPARE + rows * 2 * num_slots
+        slots = torch.where(slots == starts, spare, slots).flatten()
         counts = counts.scatter_add(0, slots, one.expand_as(slots))
+    counts = counts[: rows * 2 * num_slots]
     if group is not None:
         torch.distributed.all_reduce(counts, group=group)
     table, total = _weights(counts.view(rows, 2, num_slots), errors.dtype)
     table = table.flatten()
-    weights = [table.index_select(0, slots_of(*part)).view(part[0].shape) for part in parts]
+    weights = [table.index_select(0, slots_of(*part).flatten()).view(part[0].shape) for part in parts]
     # Of an absent class, the largest error alone counts.
     alone = total == 0 if is_owner is None else (total == 0) & is_owner
     alone = alone.unsqueeze(1).to(errors.dtype)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # With fewer logits, ranking all of them takes fewer and no slower steps.
 _MIN_FAST = 1 << 16
 # Errors sorted at a time off the CPU, unless one row is longer: the temporaries take some 40 bytes for each.
-_SLAB = 1 << 24
+_SLAB = 1 << 22
 
 
 def form_of(logits: Tensor, weight: Optional[Tensor], options: Options) -> str:
@@ -92,7 +92,9 @@ def _rank(
         sizes = foreground.sum(1)
         if is_eager(keys) and keys.numel() > _SLAB:
             step = max(1, _SLAB // keys.shape[1])
-            weights = torch.cat([rank_all(*part) for part in zip(keys.split(step), foreground.split(step))])
+            weights = torch.empty_like(keys)
+            for some_weights, *some in zip(*(tensor.split(step) for tensor in (weights, keys, foreground))):
+                some_weights.copy_(rank_all(*some))
         else:
             weights = rank_all(keys, foreground)
     return weights.view(errors.transpose(0, axis).shape).transpose(0, axis), sizes.view(-1, num_classes)

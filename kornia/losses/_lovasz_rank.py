@@ -23,11 +23,12 @@ def rank_all(errors: Tensor, foreground: Tensor) -> Tensor:
     Pixels to ignore must be background with an error below every valid one. They then rank last, where the weight of a
     background pixel is 0, unless there is no valid pixel at all.
     """
-    counts = torch.int32 if errors.shape[1] < 2**31 else torch.int64
+    counts = torch.int32 if errors.numel() < 2**31 else torch.int64
     order = _descending_order(errors)
-    background = (~foreground).to(counts).gather(1, order)
-    union = background.cumsum(1, dtype=counts)
-    union = union + (errors.shape[1] - union[:, -1:])
+    background = foreground.gather(1, order).logical_not().to(counts)
+    # One sum over all rows, which CUDA adds up faster than few rows: what comes before a row cancels in the next line.
+    passed = background.flatten().cumsum(0, dtype=counts).view_as(background)
+    union = passed + (errors.shape[1] - passed[:, -1:])
     position = torch.arange(errors.shape[1], dtype=counts, device=errors.device)
     return errors.scatter(1, order, closed_form(background, position, union, errors.dtype))
 
