@@ -43,8 +43,8 @@ def closed_form(background: Tensor, position: Tensor, union: Tensor, dtype: torc
     # Of the union before this pixel, a foreground pixel keeps all and a background pixel the foreground not yet
     # passed, G - k: one expression in exact integers. Where that union is empty, this pixel makes the whole loss.
     previous = (union - 1).clamp(min=1)
-    kept = torch.addcmul(previous, background, position, value=-1)
-    return kept.to(dtype).div_(previous.to(dtype).mul_(union.to(dtype)))
+    kept = torch.addcmul(previous, background, position, value=-1).to(dtype)
+    return kept.div_(previous.to(dtype).mul_(union.to(dtype)))
 
 
 def counted(errors: Tensor, weights: Tensor) -> Tensor:

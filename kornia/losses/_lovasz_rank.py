@@ -27,8 +27,8 @@ def rank_all(errors: Tensor, foreground: Tensor) -> Tensor:
     order = _descending_order(errors)
     background = foreground.gather(1, order).logical_not().to(counts)
     # One sum over all rows, which CUDA adds up faster than few rows: what comes before a row cancels in the next line.
-    passed = background.flatten().cumsum(0, dtype=counts).view_as(background)
-    union = passed + (errors.shape[1] - passed[:, -1:])
+    union = background.flatten().cumsum(0, dtype=counts).view_as(background)
+    union += errors.shape[1] - union[:, -1:]
     position = torch.arange(errors.shape[1], dtype=counts, device=errors.device)
     return errors.scatter(1, order, closed_form(background, position, union, errors.dtype))
 
@@ -57,12 +57,8 @@ def rank_candidates(errors: Tensor, foreground: Tensor, floors: Tensor, totals: 
         return weights
     ends = torch.arange(1, len(errors) + 1, device="cpu") * errors.shape[1]
     before, alarms = 0, 0
-    for low, high in _ranges(errors, within, min(_MAX_RANGES - 1, count // slab)):
-        chosen = within
-        if low is not None:
-            chosen = (errors > low).logical_and_(within)
-        if high is not None:
-            chosen = (errors <= high).logical_and_(chosen)
+    for low in _cuts(errors, within, min(_MAX_RANGES - 1, count // slab)):
+        chosen = within if low is None else (errors > low).logical_and_(within)
         places = chosen.view(-1).nonzero().squeeze(1)
         lengths = torch.searchsorted(places, ends).diff(prepend=ends.new_zeros(1))
         some = foreground.view(-1).index_select(0, places)
@@ -70,20 +66,18 @@ def rank_candidates(errors: Tensor, foreground: Tensor, floors: Tensor, totals: 
         weights.view(-1).index_copy_(0, places, some_weights)
         if low is not None:
             before, alarms = before + len(places), alarms + len(places) - int(some.count_nonzero())
+            within.logical_xor_(chosen)
     return weights
 
 
-def _ranges(errors: Tensor, within: Tensor, cuts: int) -> Iterator[tuple[Optional[float], Optional[float]]]:
-    """Ranges of the errors of a row too large for a slab, the largest first: above one number, up to another."""
-    high: Optional[float] = None
-    if len(errors) == 1 and cuts > 0:
+def _cuts(errors: Tensor, within: Tensor, count: int) -> Iterator[Optional[float]]:
+    """Where to cut a row too large for a slab into ranges, descending, and None for what remains."""
+    if len(errors) == 1 and count > 0:
         step = errors.numel() // 4096 | 1  # odd, for pixels of many columns
         sample = errors[0, ::step][within[0, ::step]].sort(descending=True).values
         if len(sample) > 0:
-            for low in sample[torch.arange(1, cuts + 1, device="cpu") * len(sample) // (cuts + 1)].tolist():
-                yield low, high
-                high = low
-    yield None, high
+            yield from sample[torch.arange(1, count + 1, device="cpu") * len(sample) // (count + 1)].tolist()
+    yield None
 
 
 def _rank_segments(errors: Tensor, foreground: Tensor, lengths: Tensor, totals: Tensor, before: int) -> Tensor:
