@@ -97,7 +97,7 @@ def rank_by_bins(
     def slots_of(errors: Tensor, foreground: Tensor) -> Tensor:
         return _slots((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots) + starts
 
-    # The background of the first slot has no weight, nor does its number enter another. Where most pixels are right they
+    # The background of the first slot has no weight, and its number enters no other. Where most pixels are right, they
     # are there, and a GPU would wait to count them in one place: they are counted in many, at the end.
     counts = torch.zeros(rows * 2 * num_slots + _SPARE, dtype=torch.int64, device=errors.device)
     one = torch.ones((), dtype=torch.int64, device=errors.device)

@@ -92,21 +92,7 @@ def _softmax_images(
 ) -> Tensor:
     """Parts of images in the losses of their groups ``(B,)``; their gradient overwrites the errors ``(B, C, N)``."""
     batch, num_classes, count = logits.shape
-    torch.softmax(logits, 1, out=errors)
-    foreground = torch.zeros(logits.shape, dtype=torch.bool, device="cpu")
-    found = labels
-    if valid is None:
-        foreground.scatter_(1, labels, True)
-    else:
-        errors.masked_fill_(~valid, 0.0)
-        foreground.scatter_(1, labels, valid)
-        found = labels.masked_fill(~valid, num_classes)  # the ignored as a class of their own, left out
-    # A foreground error is the sum of the other probabilities. The probability of the label is kept for the gradient.
-    labelled = errors.gather(1, labels)
-    others = errors.scatter_(1, labels, 0.0).sum(1, keepdim=True)
-    errors.scatter_(1, labels, others)
-
-    totals, floors = _classes(found.squeeze(1), others.squeeze(1), num_classes)
+    foreground, labelled, totals, floors = _softmax_errors(logits, labels, valid, errors)
     if not per_image:
         totals, floors = totals.sum(0, keepdim=True), floors.amin(0, keepdim=True)
     factors = factors_of(totals, weight).flatten()
@@ -135,13 +121,10 @@ def _softmax_images(
         parts_of_rows.append((rows, parts))
 
     absent = ((factors != 0) & (totals == 0)).nonzero().squeeze(1)
-    if absent.shape[0] > 0:  # the largest error alone counts: its line of pixels, then its place in the line
-        rows = absent.unsqueeze(1) + images
-        lines = errors.view(batch * num_classes, -1, width)
-        line = lines.amax(2).index_select(0, rows.flatten()).view(absent.shape[0], -1).argmax(1)
-        row, line = rows.gather(1, (line // lines.shape[1]).unsqueeze(1)).squeeze(1), line % lines.shape[1]
-        largest, column = lines[row, line].max(1)
-        column += line * width
+    if absent.shape[0] > 0:
+        row, column, largest = _largest_errors(
+            by_row.view(batch * num_classes, -1, width), absent.unsqueeze(1) + images
+        )
         largest *= factors[absent]
         share.index_put_((row // num_classes, column), largest, accumulate=True)
 
@@ -154,18 +137,46 @@ def _softmax_images(
     return share.sum(1)
 
 
-def _classes(labels: Tensor, errors: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Foreground size of each class in each image, and its smallest error above 0, both ``(B, C)``.
+def _softmax_errors(
+    logits: Tensor, labels: Tensor, valid: Optional[Tensor], errors: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write the errors ``(B, C, N)``, 0 where they are to be ignored, and describe the foreground.
 
-    A pixel whose error is 0 has no part in the loss or its gradient, whatever its weight.
+    Returns:
+        where it is, bool ``(B, C, N)``; its probabilities ``(B, 1, N)``; and for each class in each image its size and
+        its smallest error above 0, both ``(B, C)``. A pixel whose error is 0 has no part in the loss or its gradient,
+        whatever its weight.
+    """
+    num_classes = logits.shape[1]
+    torch.softmax(logits, 1, out=errors)
+    foreground = torch.zeros(logits.shape, dtype=torch.bool, device="cpu")
+    if valid is None:
+        found = labels
+        foreground.scatter_(1, labels, True)
+    else:
+        found = labels.masked_fill(~valid, num_classes)  # the ignored as a class of their own, left out
+        foreground.scatter_(1, labels, valid)
+        errors.masked_fill_(~valid, 0.0)
+    labelled = errors.gather(1, labels)
+    # The error of the foreground is the sum of the other probabilities.
+    others = errors.scatter_(1, labels, 0.0).sum(1, keepdim=True)
+    errors.scatter_(1, labels, others)
+
+    sizes = torch.stack([image.bincount(minlength=num_classes + 1) for image in found.squeeze(1)])
+    tiny = torch.finfo(errors.dtype).smallest_normal * torch.finfo(errors.dtype).eps
+    smallest = errors.new_full(sizes.shape, torch.inf)
+    smallest.scatter_reduce_(1, found.squeeze(1), others.squeeze(1), "amin").clamp_(min=tiny)
+    return foreground, labelled, sizes[:, :num_classes], smallest[:, :num_classes]
+
+
+def _largest_errors(lines: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and value of the largest error of groups: its line of pixels, then its place in the line.
 
     Args:
-        labels: int64 ``(B, N)``, ``num_classes`` for the pixels to ignore.
-        errors: of the foreground ``(B, N)``.
-        num_classes: ``C``.
+        lines: the errors ``(rows, H, W)``.
+        rows: of each group ``(K, *)``.
     """
-    shape = (labels.shape[0], num_classes + 1)
-    totals = torch.stack([image.bincount(minlength=num_classes + 1) for image in labels])
-    tiny = torch.finfo(errors.dtype).smallest_normal * torch.finfo(errors.dtype).eps
-    floors = errors.new_full(shape, torch.inf).scatter_reduce_(1, labels, errors, "amin").clamp_(min=tiny)
-    return totals[:, :num_classes], floors[:, :num_classes]
+    line = lines.amax(2).index_select(0, rows.flatten()).view(rows.shape[0], -1).argmax(1)
+    row, line = rows.gather(1, (line // lines.shape[1]).unsqueeze(1)).squeeze(1), line % lines.shape[1]
+    largest, column = lines[row, line].max(1)
+    return row, column + line * lines.shape[2], largest
