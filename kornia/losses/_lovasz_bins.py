@@ -97,16 +97,10 @@ def rank_by_bins(
     def slots_of(errors: Tensor, foreground: Tensor) -> Tensor:
         return _slots((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots) + starts
 
-    # The background of the first slot has no weight, and its number enters no other. Where most pixels are right, they
-    # are there, and a GPU would wait to count them in one place: they are counted in many, at the end.
     counts = torch.zeros(rows * 2 * num_slots + _SPARE, dtype=torch.int64, device=errors.device)
-    one = torch.ones((), dtype=torch.int64, device=errors.device)
     for part in parts:
-        slots = slots_of(*part)
-        spare = torch.arange(slots.shape[1], device=slots.device) % _SPARE + rows * 2 * num_slots
-        slots = torch.where(slots == starts, spare, slots).flatten()
-        counts = counts.scatter_add(0, slots, one.expand_as(slots))
-    counts = counts[: rows * 2 * num_slots]
+        counts = _add_counts(counts, slots_of(*part), starts)
+    counts = counts[:-_SPARE]
     if group is not None:
         torch.distributed.all_reduce(counts, group=group)
     table, total = _weights(counts.view(rows, 2, num_slots), errors.dtype)
@@ -116,6 +110,17 @@ def rank_by_bins(
     alone = total == 0 if is_owner is None else (total == 0) & is_owner
     alone = alone.unsqueeze(1).to(errors.dtype)
     return torch.cat(weights, 1).scatter_add(1, errors.argmax(1, keepdim=True), alone), total
+
+
+def _add_counts(counts: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
+    """Count slots ``(R, *)``, but not the first of each row, which starts at a number of its own ``(R, 1)``.
+
+    The background there has no weight, and its number enters no other. Where most pixels are right, they are there, and
+    a GPU would wait to count them in one place: they are counted in many, the last of the counts.
+    """
+    spare = torch.arange(slots.shape[1], device=slots.device) % _SPARE + (len(counts) - _SPARE)
+    places = torch.where(slots == starts, spare, slots).flatten()
+    return counts.scatter_add(0, places, torch.ones((), dtype=torch.int64, device=slots.device).expand_as(places))
 
 
 def _ranges(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,6 @@ def _softmax_images(
         totals, floors = totals.sum(0, keepdim=True), floors.amin(0, keepdim=True)
     factors = factors_of(totals, weight).flatten()
     totals, floors = totals.flatten(), floors.flatten()
-
     # Rows of pixels, one for each class of an image; those of a group lie one after the other.
     by_row, foreground_by_row = errors.view(-1, count), foreground.view(-1, count)
     images = torch.arange(1 if per_image else batch, device="cpu") * num_classes
@@ -109,16 +108,12 @@ def _softmax_images(
     present = ((factors != 0) & (totals > 0)).nonzero().squeeze(1)
     for chosen in present.split(_steps(max(1, present.shape[0]), length)):
         rows = (chosen.unsqueeze(1) + images).flatten()
-        some_errors = by_row.index_select(0, rows)
-        some_foreground = foreground_by_row.index_select(0, rows)
-        weights = rank_candidates(
-            some_errors.view(-1, length), some_foreground.view(-1, length), floors[chosen], totals[chosen], _SLAB
-        )
+        some = by_row.index_select(0, rows), foreground_by_row.index_select(0, rows)
+        weights = rank_candidates(*(x.view(-1, length) for x in some), floors[chosen], totals[chosen], _SLAB)
         weights = weights.mul_(factors[chosen].unsqueeze(1)).view(-1, count)
-        lift.index_add_(0, rows // num_classes, torch.where(some_foreground, weights, 0.0))
-        parts = weights.mul_(some_errors)
-        share.index_add_(0, rows // num_classes, parts)
-        parts_of_rows.append((rows, parts))
+        lift.index_add_(0, rows // num_classes, torch.where(some[1], weights, 0.0))
+        parts_of_rows.append((rows, weights.mul_(some[0])))
+        share.index_add_(0, rows // num_classes, weights)
 
     absent = ((factors != 0) & (totals == 0)).nonzero().squeeze(1)
     if absent.shape[0] > 0:
