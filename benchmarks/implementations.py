@@ -6,7 +6,9 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -48,27 +50,33 @@ def binary_cross_entropy(pred: torch.Tensor, target: torch.Tensor) -> torch.Tens
     return F.binary_cross_entropy_with_logits(pred[:, 0], target.to(pred.dtype))
 
 
+def peer(package: str) -> ModuleType | None:
+    """The file of a package with its Lovász losses, without the rest of the package and what that needs."""
+    spec = PathFinder.find_spec(package, [*sys.path, str(Path(sys.prefix) / "peers")])  # where make installs them
+    if spec is None:
+        print(f"{package} is left out: it is not installed", file=sys.stderr)
+        return None
+    losses = ModuleType(f"{package}_losses")
+    losses.__path__ = [str(Path(folder) / "losses") for folder in spec.submodule_search_locations]
+    sys.modules[losses.__name__] = losses
+    return importlib.import_module(f"{losses.__name__}.lovasz")
+
+
 @functools.cache
 def peers() -> dict[str, dict[str, Loss]]:
     """Implementations of other packages, as far as they are installed."""
     found: dict[str, dict[str, Loss]] = {}
-    try:
-        smp = importlib.import_module("segmentation_models_pytorch.losses")
+    if smp := peer("segmentation_models_pytorch"):
         found["segmentation-models-pytorch"] = {
             "softmax": smp.LovaszLoss("multiclass", per_image=True),
             "hinge": smp.LovaszLoss("binary", per_image=True),
         }
-    except (ImportError, RuntimeError) as error:
-        print(f"segmentation-models-pytorch is left out: {str(error).splitlines()[0]}", file=sys.stderr)
-    try:
-        toolbelt = importlib.import_module("pytorch_toolbelt.losses")
+    if toolbelt := peer("pytorch_toolbelt"):
         softmax, hinge = toolbelt.LovaszLoss(per_image=True), toolbelt.BinaryLovaszLoss(per_image=True)
         found["pytorch-toolbelt"] = {
             "softmax": lambda pred, target: softmax(pred.softmax(1), target),
             "hinge": lambda pred, target: hinge(pred, target[:, None]),
         }
-    except (ImportError, RuntimeError) as error:
-        print(f"pytorch-toolbelt is left out: {str(error).splitlines()[0]}", file=sys.stderr)
     return found
 
 
