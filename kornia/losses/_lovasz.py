@@ -49,7 +49,7 @@ def closed_form(background: Tensor, position: Tensor, union: Tensor, dtype: torc
 
 def counted(errors: Tensor, weights: Tensor) -> Tensor:
     """Errors, and 0 for an infinite one of weight 0: their product would be nan."""
-    return errors.masked_fill((weights == 0) & errors.isinf(), 0.0)
+    return errors.masked_fill((weights == 0) & (errors == torch.inf), 0.0)
 
 
 def hinge(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int, rank: Rank) -> tuple[Tensor, Tensor]:

@@ -162,8 +162,8 @@ class _Eager(torch.autograd.Function):
             if gradient is None:
                 logits, *others = ctx.saved_tensors
                 gradient = ctx.compute(logits.flatten(2), *others)[1]
-            # Most often the factors are 1, as the gradient includes the divisor of the mean.
-            if gradient.device.type != "cpu" or (grad_loss != 1).any():
+            # Most often the factor is 1, as the gradient includes the divisor of the mean.
+            if gradient.device.type != "cpu" or grad_loss.numel() != 1 or grad_loss.item() != 1:
                 gradient.mul_(grad_loss.view(-1, 1, 1))
         return gradient.view(ctx.shape)
 

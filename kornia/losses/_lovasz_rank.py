@@ -114,7 +114,7 @@ def _descending_order(errors: Tensor) -> Tensor:
     if not is_eager(errors) or errors.device.type != "cpu":
         return errors.argsort(dim=1, descending=True, stable=True)
     keys = _descending_keys(errors)
-    if errors.numel() <= _MIN_DIGITS // 2:
+    if errors.numel() <= _MIN_DIGITS // 3:
         return keys.sort(dim=1, stable=True).indices
     keys = keys.flatten()
     if rows == 1:
