@@ -47,6 +47,6 @@ def test_the_processes_of_the_page_have_one_loss():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    losses = re.findall(r"process (\d): loss (\S+)", done.stdout)
+    losses = re.findall(r"process (\d): loss (\d\.\d{6})", done.stdout)
     assert sorted(process for process, _ in losses) == ["0", "1"]
     assert len({loss for _, loss in losses}) == 1

@@ -173,8 +173,6 @@ def test_modules(weight):
 
 
 HINGE_ERRORS = {
-    "list for pred": lambda: ([[1.0]], labels(1, 2, 2)),
-    "list for target": lambda: (logits(1, 1, 2, 2), [[1]]),
     "pred of rank 3": lambda: (logits(1, 2, 2), labels(1, 2, 2)),
     "target of rank 4": lambda: (logits(1, 1, 2, 2), labels(1, 1, 2, 2)),
     "two channels": lambda: (logits(1, 2, 2, 2), labels(1, 2, 2)),
@@ -192,8 +190,6 @@ def test_hinge_error(case):
 
 
 SOFTMAX_ERRORS = {
-    "list for pred": lambda: ([[1.0]], labels(1, 2, 2)),
-    "list for target": lambda: (logits(1, 3, 2, 2), [[1]]),
     "pred of rank 3": lambda: (logits(1, 2, 2), labels(1, 2, 2)),
     "target of rank 4": lambda: (logits(1, 3, 2, 2), labels(1, 1, 2, 2)),
     "one channel": lambda: (logits(1, 1, 2, 2), labels(1, 2, 2)),
@@ -214,6 +210,17 @@ SOFTMAX_ERRORS = {
 def test_softmax_error(case):
     args = SOFTMAX_ERRORS[case]()
     assert raised_by(losses.lovasz_softmax_loss, *args) == raised_by(SOFTMAX.lovasz_softmax_loss, *args)
+
+
+@pytest.mark.parametrize(("name", "release", "channels"), [("hinge", HINGE, 1), ("softmax", SOFTMAX, 3)])
+def test_what_is_no_tensor(name, release, channels):
+    """The release fails where it first needs a tensor, with an AttributeError; the fork says what is wrong."""
+    name = f"lovasz_{name}_loss"
+    for wrong, pair in [("pred", ([[1.0]], labels(1, 2, 2))), ("target", (logits(1, channels, 2, 2), [[1]]))]:
+        assert raised_by(getattr(release, name), *pair)[0] is AttributeError
+        error, message = raised_by(getattr(losses, name), *pair)
+        assert issubclass(error, TypeError)
+        assert message.startswith(f"{wrong} must be Tensor.")
 
 
 def test_release_is_not_the_fork():
