@@ -158,7 +158,7 @@ class TestTraining:
         split = data.Split(images, (images[:, 0] > 0.5).long())
         loss = segment.cross_entropy(BINARY)
         stage = segment.Stage(torch.nn.Conv2d(1, 1, 1), split, loss, steps=200, lr=0.1, batch_size=8, seed=0)
-        values = [stage.step() for _ in range(200)]
+        values = [stage.step().item() for _ in range(200)]
         assert np.mean(values[-10:]) < 0.5 * np.mean(values[:10])
 
     def test_amp_is_for_the_network_and_not_for_the_loss(self):
