@@ -131,7 +131,7 @@ def measure_memory(scene: Scene, device: torch.device) -> dict[str, float]:
     On the CPU each in a process of its own; on CUDA PyTorch counts it.
     """
     if device.type == "cuda":
-        return {name: peak(scene, name, device) for name in implementations(scene.kind)}
+        return peaks(scene, list(implementations(scene.kind)), device)
     # Large blocks then go back to the system as soon as they are freed: what counts is the memory in use, not the
     # gaps that the allocator leaves, which change from run to run.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -150,45 +150,39 @@ def measure_memory(scene: Scene, device: torch.device) -> dict[str, float]:
     }
 
 
-def peak(scene: Scene, name: str, device: torch.device) -> float:
-    """The extra memory of one implementation, in this process."""
-    loss = implementations(scene.kind)[name]
+def peaks(scene: Scene, names: list[str], device: torch.device) -> dict[str, float]:
+    """The extra memory of implementations, in this process."""
     small, labels = on_device(scene._replace(shape=(1, scene.shape[1], 256, 256)), device)
-    loss(small, labels).backward()  # libraries and thread pools are not the loss's
     pred, target = on_device(scene, device)
-    size = pred.numel() * pred.element_size()
+    result = {}
+    for name in names:
+        loss = implementations(scene.kind)[name]
+        loss(small, labels).backward()  # libraries and thread pools are not the loss's
+        pred.grad = None
+        before = reset_peak(device)
+        loss(pred, target).backward()
+        result[name] = (memory_peak(device) - before) / (pred.numel() * pred.element_size())
+    return result
+
+
+def reset_peak(device: torch.device) -> int:
+    """Forget the peak; the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss(pred, target).backward()
-        return (torch.cuda.max_memory_allocated() - before) / size
-    return_free_memory()
-    before = resident_now()
-    reset_resident_peak()
-    loss(pred, target).backward()
-    return (resident_peak() - before) / size
-
-
-def return_free_memory() -> None:
-    """Give what was freed back to the system: else the loss would take it up again, and seem to need none."""
+        return torch.cuda.memory_allocated()
+    # What was freed goes back to the system: else the loss would take it up again, and seem to need none.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident_now() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def reset_resident_peak() -> None:
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     Path("/proc/self/clear_refs").write_text("5")
+    return before
 
 
-def resident_peak() -> int:
-    return next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
+def memory_peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -313,7 +307,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.peak:
         kind, shape, stage, name = args.peak
-        print(peak(Scene(kind, tuple(json.loads(shape)), stage), name, args.device))
+        print(peaks(Scene(kind, tuple(json.loads(shape)), stage), [name], args.device)[name])
         return
 
     scenes = [Scene(kind, shape, stage) for kind in SHAPES for shape in SHAPES[kind] for stage in ("early", "late")]
@@ -335,10 +329,13 @@ def main() -> None:
         "memory": {},
         "errors": {},
     }
+    args.out.mkdir(parents=True, exist_ok=True)
+    raw = args.out / f"{args.device.type}.json"
     with Progress(console=Console(stderr=True)) as progress:
 
         def each(title: str, things: list) -> Iterator:
-            return progress.track(things, description=title)
+            yield from progress.track(things, description=title)
+            raw.write_text(json.dumps(results, indent=1) + "\n")
 
         for scene in each("scenes", scenes + rest):
             losses = implementations(scene.kind)
@@ -355,12 +352,10 @@ def main() -> None:
             results["memory"][str(scene)] = measure_memory(scene, args.device)
         for side in each("errors", sides):
             results["errors"][side] = hinge_errors(side, args.device)
-        results["batch errors"] = {str(Scene("softmax", batch, "early")): softmax_batch_errors(batch, args.device)}
+        for shape in each("errors of a batch", [batch]):
+            results["batch errors"] = {str(Scene("softmax", shape, "early")): softmax_batch_errors(shape, args.device)}
 
     report(results)
-    args.out.mkdir(parents=True, exist_ok=True)
-    raw = args.out / f"{args.device.type}.json"
-    raw.write_text(json.dumps(results, indent=1) + "\n")
     draw(raw, args.out / f"{args.device.type}.png")
     print(f"raw numbers in {raw}, figure beside it")
 
