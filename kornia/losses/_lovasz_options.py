@@ -20,9 +20,11 @@ _MAX_BINS = 1 << 16
 
 def as_integer(value: Any) -> Optional[int]:
     """Return an integer of any library as an int, and None for everything else, bool included."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        return None
     try:
-        return None if isinstance(value, (bool, Tensor)) else operator.index(value)
-    except TypeError:
+        return operator.index(value)
+    except TypeError:  # an array of several numbers
         return None
 
 
