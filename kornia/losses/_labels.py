@@ -45,9 +45,7 @@ def check_pair(pred: Tensor, target: Tensor, channels: str) -> None:
 
 
 def _require(condition: Tensor, message: str, labels: Tensor) -> None:
-    """Raise unless a condition holds for all labels on the CPU; on CUDA the check would wait for the device."""
-    if labels.device.type != "cpu":
-        return
+    """Raise unless a condition holds for all labels on the CPU."""
     if is_readable(condition):
         if not condition.all():
             raise ValueError(f"{message}. Got: {labels[~condition].unique()[:5].tolist()}")
@@ -78,7 +76,7 @@ def binary_labels(target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, 
     labels, valid, checked = _mask(target if target.is_floating_point() else _as_integers(target), 2, ignore_index)
     if labels.requires_grad:  # gradcheck moves them a little: what is not 1 counts as background
         return labels == 1, valid
-    if not checked:
+    if not checked and labels.device.type == "cpu":  # on CUDA the check would wait for the device
         expected = "target must hold 0 for the background and 1 for the foreground"
         if ignore_index is not None:
             expected += f", or ignore_index={int(ignore_index)} for pixels to ignore"
@@ -89,7 +87,7 @@ def binary_labels(target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, 
 def class_labels(target: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
     """Do the same for labels of several classes, int64."""
     labels = _as_integers(target)
-    if target.is_floating_point():
+    if target.is_floating_point() and labels.device.type == "cpu":
         expected = "target must hold class labels, whole numbers; the loss has no form for soft labels"
         _require(labels == target, expected, target)
     labels, valid, checked = _mask(labels, num_classes, ignore_index)

@@ -43,8 +43,7 @@ def closed_form(background: Tensor, position: Tensor, union: Tensor, dtype: torc
     # Of the union before this pixel, a foreground pixel keeps all and a background pixel the foreground not yet
     # passed, G - k: one expression in exact integers. Where that union is empty, this pixel makes the whole loss.
     previous = (union - 1).clamp(min=1)
-    kept = torch.addcmul(previous, background, position, value=-1).to(dtype)
-    return kept.div_(previous.to(dtype).mul_(union.to(dtype)))
+    return torch.addcmul(previous, background, position, value=-1).to(dtype).div_(previous).div_(union)
 
 
 def counted(errors: Tensor, weights: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ def hinge(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int,
     errors = (1.0 + margins).relu()
     weights = rank(errors.detach(), foreground, margins.detach())[0] / divisor
     losses = (counted(errors, weights) * weights).sum((1, 2))
-    return losses, weights.masked_fill(errors.detach() <= 0, 0.0) * torch.where(foreground, -1.0, 1.0)
+    return losses, torch.where(foreground, -weights, weights).masked_fill_(errors.detach() <= 0, 0.0)
 
 
 def softmax(
@@ -98,20 +97,21 @@ def softmax(
         the part of each image in the loss of its group ``(B,)``, and the gradient of their sum ``(B, C, N)``.
     """
     foreground = labels == torch.arange(logits.shape[1], device=labels.device).view(-1, 1)
-    if valid is not None:
-        logits = logits.masked_fill(~valid, 0.0)
+    ignored = None if valid is None else ~valid
+    if ignored is not None:
+        foreground = foreground & valid
+        logits = logits.masked_fill(ignored, 0.0)
     probabilities = logits.softmax(1)
     fixed = probabilities.detach()
     errors = fixed.masked_fill(foreground, 0.0)
     errors = torch.where(foreground, errors.sum(1, keepdim=True), errors)
-    if valid is not None:
-        foreground = foreground & valid
-        errors = errors.masked_fill_(~valid, -1.0)
+    if ignored is not None:
+        errors = errors.masked_fill_(ignored, -1.0)
     weights, sizes = rank(errors, foreground, None)
     del errors
     weights = weights * factors_of(sizes, weight).unsqueeze(-1)
     weights = weights + weights.gather(1, labels)
-    weights = weights.masked_fill_(foreground if valid is None else foreground | ~valid, 0.0)
+    weights = weights.masked_fill_(foreground if ignored is None else foreground | ignored, 0.0)
     shares = (probabilities * weights).sum(1, keepdim=True)
     return shares.sum((1, 2)), (weights - shares).detach().mul_(fixed)
 
@@ -136,5 +136,6 @@ def class_factors(
             averaged[c] = True
         averaged = averaged.expand_as(sizes)
     count = averaged.sum(1, keepdim=True).clamp(min=1)
+    factors = averaged.to(dtype) / (count * divisor)
     # Chosen rather than multiplied: the weight of a class that is not averaged may be inf or nan.
-    return torch.where(averaged, 1.0 if weight is None else weight.to(dtype), 0.0).to(dtype) / (count * divisor)
+    return factors if weight is None else torch.where(averaged, factors * weight.to(dtype), 0.0)

@@ -118,7 +118,7 @@ def _add_counts(counts: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
     The background there has no weight, and its number enters no other. Where most pixels are right, they are there, and
     a GPU would wait to count them in one place: they are counted in many, the last of the counts.
     """
-    spare = torch.arange(slots.shape[1], device=slots.device) % _SPARE + (len(counts) - _SPARE)
+    spare = torch.arange(slots.shape[1], device=slots.device) % _SPARE + (counts.shape[0] - _SPARE)
     places = torch.where(slots == starts, spare, slots).flatten()
     return counts.scatter_add(0, places, torch.ones((), dtype=torch.int64, device=slots.device).expand_as(places))
 

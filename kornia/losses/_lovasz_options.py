@@ -20,7 +20,9 @@ _MAX_BINS = 1 << 16
 
 def as_integer(value: Any) -> Optional[int]:
     """Return an integer of any library as an int, and None for everything else, bool included."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
         return None
     try:
         return operator.index(value)
