@@ -1,13 +1,11 @@
-"""Does a Lovász loss pay? The same network trained with one loss after another, seed by seed: ``make evidence``.
+"""Does the Lovász loss pay? Train the same network with one loss after another, seed by seed: ``make evidence``.
 
-Every arm gets the same images, network, first weights, batches and number of steps. Learning rates are chosen first,
-loss by loss, on the validation images of seeds that the comparison leaves out. The number of steps is itself varied, as
-what a loss learns in few steps is not what it ends with. Each finished run is a line in examples/results, so the
-command can be interrupted and goes on with what is missing.
+Every arm gets the same scenes, network, first weights, batch size and number of steps. Learning rates are chosen first,
+loss by loss, on the validation scenes of a seed that the comparison leaves out. Each finished run is one line in
+examples/results, so the command can be interrupted and goes on with what is missing.
 """
 
 import argparse
-import copy
 import datetime as dt
 import importlib.metadata
 import itertools
@@ -15,162 +13,77 @@ import json
 import math
 import platform
 import signal
-import statistics
 import time
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import blue_marble
 import digit_scenes
 import torch
-import torch.nn.functional as F
 from data import Split, looped_digits, scene_splits
+from monai.losses import DiceLoss
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from segment import Loss, Stage, Task, build_network, evaluate, predict
+from segment import Loss, Stage, Task, build_network, cross_entropy, evaluate, lovasz, mixed, predict
 
-from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
 from kornia.metrics import best_iou_threshold, iou_at_thresholds
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-CACHE = ROOT.parent / "build" / "evidence"
+CHECKPOINTS = ROOT.parent / "build" / "evidence"
 
 TASKS = {
-    "all digits": Task("multiclass", digit_scenes.CLASS_NAMES),
-    "lakes": Task("multiclass", blue_marble.CLASS_NAMES),
     "looped digits": Task("binary", ("rest", "looped")),
+    "all digits": Task("multiclass", digit_scenes.CLASS_NAMES),
 }
-# "a+b": the mean of two losses. "a>b": three quarters of the steps with a, the last quarter with b.
-SEVERAL = ("ce", "dice", "jaccard", "lovasz", "ce+jaccard", "ce+lovasz", "ce>ce", "ce>lovasz", "ce>ce+lovasz")
+# "a>b": stage 1 with the loss a, stage 2 with b. Otherwise one loss for the whole budget.
 ARMS = {
-    "all digits": SEVERAL,
-    "lakes": SEVERAL,
-    "looped digits": ("ce", "dice", "jaccard", "hinge", "softmax", "ce+softmax", "ce>ce", "ce>hinge", "ce>softmax"),
+    "looped digits": (
+        *("ce", "dice", "lovasz-batch", "ce+lovasz"),
+        *("ce>ce", "ce>lovasz-image", "ce>lovasz-batch", "ce>ce+lovasz"),
+    ),
+    "all digits": (
+        *("ce", "dice", "lovasz-present-batch", "ce+lovasz"),
+        *("ce>ce", "ce>lovasz-all-image", "ce>lovasz-all-batch", "ce>lovasz-present-image"),
+        *("ce>lovasz-present-batch", "ce>ce+lovasz"),
+    ),
 }
-BUDGETS = (2700, 900, 300)  # the most important first
-SECOND_STAGE = 0.25
-SEEDS, SEARCH_SEEDS, SEARCH_BUDGET = (0, 1, 2, 3, 4), (1000, 1001, 1002), 900
-SETTINGS = {"size": 64, "scenes": [2400, 300, 600], "batch_size": 8}
-# The search begins with these rates of a ladder and goes on until the best one has both its neighbours tried.
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FIRST_RATES = {"one stage": (1e-3, 3e-3, 1e-2), "second stage": (3e-4, 1e-3, 3e-3)}
-QUICK = {
-    "budgets": (30, 10),
-    "seeds": (0, 1),
-    "search": 10,
-    "settings": {"size": 64, "scenes": [64, 16, 16], "batch_size": 8},
-}
+# A second stage with a Lovász loss of any kind takes the rate that is best for this one.
+SEARCHED = {"looped digits": "ce>lovasz-batch", "all digits": "ce>lovasz-present-batch"}
+SEEDS = range(5)
+SWEEP_SEED = 1000
+SETTINGS = {"size": 64, "scenes": [2400, 300, 600], "batch_size": 4, "steps": [600, 300]}
+# The search begins with two rates of this ladder and goes on until the best one has both its neighbours tried.
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST_RATES = {"one stage": (3e-3, 1e-2), "second stage": (1e-3, 3e-3)}
 
 
-def overlap(logits: torch.Tensor, labels: torch.Tensor, *, jaccard: bool) -> torch.Tensor:
-    """1 less the soft Jaccard index or Dice score of the batch, a mean over the classes that occur.
-
-    One output is the logit of the foreground, and the background is no class then.
-    """
-    if logits.shape[1] == 1:
-        probabilities, truth = logits.sigmoid(), (labels == 1).unsqueeze(1)
-    else:
-        probabilities = logits.softmax(1)
-        truth = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=labels.device).view(-1, 1, 1)
-    truth = truth.to(logits.dtype)
-    both, sizes = (probabilities * truth).sum((0, 2, 3)), (probabilities + truth).sum((0, 2, 3))
-    present = (truth.sum((0, 2, 3)) > 0).to(logits.dtype)
-    score = both / (sizes - both) if jaccard else 2 * both / sizes
-    return ((1 - score) * present).sum() / present.sum().clamp(min=1)
+def make_loss(task: Task, name: str) -> Loss:
+    """The loss that an arm names."""
+    kind, *options = name.split("-")
+    if kind == "ce":
+        return cross_entropy(task)
+    if kind == "dice":
+        # Over the batch, as the Lovász loss beside it.
+        dice = DiceLoss(batch=True, sigmoid=task.is_binary, softmax=not task.is_binary, to_onehot_y=not task.is_binary)
+        return lambda logits, labels: dice(logits, labels[:, None])
+    if kind == "ce+lovasz":
+        return mixed(cross_entropy(task), lovasz(task), weight=0.5)
+    named = {"classes": options[0]} if len(options) > 1 else {}
+    return lovasz(task, per_image=options[-1] == "image", **named)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of one output or several."""
-    if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
+@lru_cache(maxsize=1)
+def scenes(seed: int) -> dict[str, Split]:
+    """The scenes of a seed, made once for all its runs."""
+    return scene_splits(tuple(SETTINGS["scenes"]), SETTINGS["size"], seed)
 
 
-def softmax_of_foreground(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Lovász-Softmax of the foreground alone: the errors of the hinge loss have no bound, these have."""
-    loss = LovaszSoftmaxLoss(classes=[1], per_image=False, ignore_index=None)
-    return loss(torch.cat([torch.zeros_like(logits), logits], 1), labels)
-
-
-LOSSES: dict[str, Loss] = {
-    "ce": cross_entropy,
-    "dice": partial(overlap, jaccard=False),
-    "jaccard": partial(overlap, jaccard=True),
-    "lovasz": LovaszSoftmaxLoss(classes="present", per_image=False, ignore_index=None),
-    "hinge": LovaszHingeLoss(per_image=False, ignore_index=None),
-    "softmax": softmax_of_foreground,
-}
-
-
-def make_loss(name: str) -> Loss:
-    """The loss that an arm names: one, or the mean of several."""
-    losses = [LOSSES[part] for part in name.split("+")]
-    return lambda logits, labels: sum(loss(logits, labels) for loss in losses) / len(losses)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One job: the runs of a task, a seed and a budget that share their first stage
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def prepare_scenes(seed: int) -> None:
-    """Compose the scenes of a seed and keep them: it takes longer than to train on them on a GPU."""
-    path = CACHE / f"scenes-{seed}-{'-'.join(map(str, SETTINGS['scenes']))}.pt"
-    if not path.exists():
-        splits = scene_splits(tuple(SETTINGS["scenes"]), SETTINGS["size"], seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: (s.images, s.labels.byte()) for name, s in splits.items()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-
-
-@lru_cache(maxsize=2)
-def task_data(task: str, seed: int, device: torch.device) -> dict[str, Split]:
-    """The images and labels of a task, on a device."""
-    if task == "lakes":
-        splits = blue_marble.tiles(seed, SETTINGS["size"])
-    else:
-        prepare_scenes(seed)
-        splits = torch.load(CACHE / f"scenes-{seed}-{'-'.join(map(str, SETTINGS['scenes']))}.pt")
-    data = {}
-    for (name, (images, labels)), most in zip(splits.items(), SETTINGS["scenes"], strict=True):
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:most]
-        data[name] = Split(images[chosen].to(device), labels[chosen].to(device).long())
-    return {name: looped_digits(split) for name, split in data.items()} if TASKS[task].is_binary else data
-
-
-def run_job(job: dict, device: torch.device) -> list[dict]:
-    """Train the runs of a job; a record of each."""
-    task, data = TASKS[job["task"]], task_data(job["task"], job["seed"], device)
-    torch.manual_seed(job["seed"])
-    initial = build_network(task, channels=data["train"].images.shape[1]).to(device)
-    second_steps = round(SECOND_STAGE * job["budget"])
-    first_stage: torch.nn.Module | None = None
-    records = []
-    for arm, rates in job["runs"]:
-        start = time.perf_counter()
-        first, _, second = arm.partition(">")
-        if second:
-            if first_stage is None:
-                first_stage = copy.deepcopy(initial)
-                train(first_stage, data["train"], first, job["budget"] - second_steps, rates[0], job["seed"])
-            model = copy.deepcopy(first_stage)
-            train(model, data["train"], second, second_steps, rates[1], job["seed"] + 10**6)
-        else:
-            model = copy.deepcopy(initial)
-            train(model, data["train"], first, job["budget"], rates[0], job["seed"])
-        record = {key: job[key] for key in ("task", "seed", "budget")} | {"arm": arm, "rates": rates}
-        record |= measure(model, task, data) | {"seconds": round(time.perf_counter() - start, 1)}
-        records.append(record | {"settings": SETTINGS, **circumstances(device)})
-    return records
-
-
-def train(model: torch.nn.Module, data: Split, loss: str, steps: int, rate: float, seed: int) -> None:
-    """One stage. Nothing in it waits for the device."""
-    stage = Stage(model, data, make_loss(loss), steps=steps, lr=rate, batch_size=SETTINGS["batch_size"], seed=seed)
-    while stage.done < stage.steps:
-        stage.step()
+def task_data(task_name: str, seed: int) -> dict[str, Split]:
+    """The scenes with the labels of the task."""
+    if not TASKS[task_name].is_binary:
+        return scenes(seed)
+    return {name: looped_digits(split) for name, split in scenes(seed).items()}
 
 
 def measure(model: torch.nn.Module, task: Task, data: dict[str, Split]) -> dict:
@@ -181,39 +94,85 @@ def measure(model: torch.nn.Module, task: Task, data: dict[str, Split]) -> dict:
         return means | {f"{name} per class": evaluation.iou.tolist() for name, evaluation in of_split.items()}
     validation, test = data["validation"], data["test"]
     logits = predict(model, validation.images)
-    threshold, best = best_iou_threshold(logits, validation.labels.cpu())
+    threshold, best = best_iou_threshold(logits, validation.labels)
     thresholds = torch.stack([torch.zeros_like(threshold), threshold])
-    on_test = iou_at_thresholds(predict(model, test.images), test.labels.cpu(), thresholds).tolist()
+    on_test = iou_at_thresholds(predict(model, test.images), test.labels, thresholds).tolist()
     return {
         "threshold": threshold.item(),
-        "validation at half": iou_at_thresholds(logits, validation.labels.cpu(), thresholds[:1]).item(),
+        "validation at half": iou_at_thresholds(logits, validation.labels, thresholds[:1]).item(),
         "validation at best": best.item(),
         "test at half": on_test[0],
         "test at best": on_test[1],
     }
 
 
+def train(model: torch.nn.Module, data: Split, loss: Loss, *, steps: int, rate: float, seed: int) -> float:
+    """One stage; the seconds it took."""
+    start = time.perf_counter()
+    stage = Stage(model, data, loss, steps=steps, lr=rate, batch_size=SETTINGS["batch_size"], seed=seed)
+    while stage.done < stage.steps:
+        stage.step()
+    return time.perf_counter() - start
+
+
+def run_job(job: dict, path: Path) -> int:
+    """Train the runs of a job, which share a task and a seed, and write a line for each; their number."""
+    task, seed = TASKS[job["task"]], job["seed"]
+    data = task_data(job["task"], seed)
+    for arm, rates in job["runs"]:
+        first, _, second = arm.partition(">")
+        model = initial_network(task, seed)
+        if second:
+            seconds = [first_stage(model, job["task"], seed, rates[0], data["train"])]
+            loss = make_loss(task, second)
+            steps = SETTINGS["steps"][1]
+            seconds.append(train(model, data["train"], loss, steps=steps, rate=rates[1], seed=seed + 1_000_000))
+        else:
+            steps = sum(SETTINGS["steps"])
+            seconds = [train(model, data["train"], make_loss(task, first), steps=steps, rate=rates[0], seed=seed)]
+        record = {"task": job["task"], "arm": arm, "seed": seed, "rates": rates, **measure(model, task, data)}
+        record |= {"seconds": [round(s, 1) for s in seconds], "settings": SETTINGS, **circumstances()}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    return len(job["runs"])
+
+
+def initial_network(task: Task, seed: int) -> torch.nn.Module:
+    """The network with the first weights of a seed."""
+    torch.manual_seed(seed)
+    return build_network(task, channels=1)
+
+
+def first_stage(model: torch.nn.Module, task_name: str, seed: int, rate: float, data: Split) -> float:
+    """Stage 1, the same for every arm that begins with cross-entropy: trained once and kept."""
+    kept = CHECKPOINTS / f"{task_name.replace(' ', '-')}-{seed}-{rate:g}.pt"
+    if not kept.exists():
+        loss = cross_entropy(TASKS[task_name])
+        seconds = train(model, data, loss, steps=SETTINGS["steps"][0], rate=rate, seed=seed)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": model.state_dict(), "seconds": seconds, "settings": SETTINGS}, kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
+    state = torch.load(kept)
+    if state["settings"] != SETTINGS:
+        raise SystemExit(f"{kept} was trained with other settings: {state['settings']}. Remove it and run again.")
+    model.load_state_dict(state["model"])
+    return state["seconds"]
+
+
 @lru_cache(maxsize=1)
-def circumstances(device: torch.device) -> dict:
+def circumstances() -> dict:
     """When, where and with what."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "monai", "kornia", "scikit-learn")}
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        machine = names[0] if names else platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
+    machine = names[0].partition(":")[2].strip() if names else platform.machine()
     return {
         "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
         "machine": machine,
         "versions": {"python": platform.python_version(), **versions},
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is to be trained
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> list[dict]:
@@ -227,130 +186,109 @@ def read(path: Path) -> list[dict]:
     return records
 
 
-def scores_by_rate(search: list[dict]) -> dict[tuple[str, str], dict[float, float]]:
-    """For every task and arm, at each rate tried for its last stage, the mean validation IoU of the seeds."""
-    found: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for record in search:
+def tried_rates(sweep: list[dict]) -> dict[tuple[str, str], dict[float, float]]:
+    """For every task and arm, the validation IoU at each rate tried for its only or second stage."""
+    tried: dict[tuple[str, str], dict[float, float]] = {}
+    for record in sweep:
         iou = record.get("validation at best", record["validation at half"])
-        of_arm = found.setdefault((record["task"], record["arm"]), {})
-        of_arm.setdefault(record["rates"][-1], []).append(0.0 if math.isnan(iou) else iou)
-    return {
-        key: {rate: statistics.mean(of_rate) for rate, of_rate in of_arm.items() if len(of_rate) == len(SEARCH_SEEDS)}
-        for key, of_arm in found.items()
-    }
-
-
-def best_rate(scores: dict[float, float]) -> float:
-    """The rate with the largest validation IoU."""
-    return max(scores, key=scores.__getitem__)
+        tried.setdefault((record["task"], record["arm"]), {})[record["rates"][-1]] = -1.0 if math.isnan(iou) else iou
+    return tried
 
 
 def next_rates(tried: dict[float, float], first: tuple[float, ...]) -> list[float]:
     """The rates to try next; none once the best one has both its neighbours on the ladder tried."""
     if missing := [rate for rate in first if rate not in tried]:
         return missing
-    place = RATES.index(best_rate(tried))
+    place = RATES.index(max(tried, key=tried.__getitem__))
     return [rate for rate in RATES[max(0, place - 1) : place + 2] if rate not in tried]
 
 
-def search_jobs(search: list[dict]) -> list[dict]:
+def sweep_jobs(sweep: list[dict]) -> list[dict]:
     """What the search for learning rates has to train next: first for one stage, then for the second stage."""
-    scores = scores_by_rate(search)
-    finished = {(r["task"], r["arm"], r["rates"][-1], r["seed"]) for r in search}
-    for kind, first in FIRST_RATES.items():
+    tried = tried_rates(sweep)
+    for two_stages in (False, True):
         jobs = []
         for task, arms in ARMS.items():
-            runs = [
-                (arm, [*([best_rate(scores[task, "ce"])] if ">" in arm else []), rate])
-                for arm in arms
-                if (">" in arm) == (kind == "second stage")
-                for rate in next_rates(scores.get((task, arm), {}), first)
-            ]
-            for seed in SEARCH_SEEDS:
-                missing = [run for run in runs if (task, run[0], run[1][-1], seed) not in finished]
-                jobs += in_jobs(task, seed, SEARCH_BUDGET, missing)
+            runs = []
+            for arm in (arm for arm in arms if (">" in arm) == two_stages and rate_from(task, arm) == arm):
+                first = FIRST_RATES["second stage" if two_stages else "one stage"]
+                before = [best_rate(tried[task, "ce"])] if two_stages else []
+                runs += [(arm, [*before, rate]) for rate in next_rates(tried.get((task, arm), {}), first)]
+            jobs += in_jobs(task, SWEEP_SEED, runs)
         if jobs:
             return jobs
     return []
 
 
-def comparison_jobs(done: list[dict], search: list[dict]) -> list[dict]:
-    """The runs that the comparison lacks."""
-    scores = scores_by_rate(search)
-    finished = {(r["task"], r["arm"], r["budget"], r["seed"]) for r in done}
+def rate_from(task: str, arm: str) -> str:
+    """The arm whose search gives the rate of the last stage of an arm."""
+    return SEARCHED[task] if ">" in arm and "lovasz" in arm else arm
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    """The rate with the largest validation IoU."""
+    return max(tried, key=tried.__getitem__)
+
+
+def comparison_jobs(done: list[dict], sweep: list[dict]) -> list[dict]:
+    """The runs that the comparison lacks: seed by seed, but what most depends on comes first."""
+    tried = tried_rates(sweep)
+    finished = {(record["task"], record["arm"], record["seed"]) for record in done}
     jobs = []
-    for budget, seed, task in itertools.product(BUDGETS, SEEDS, TASKS):
+    for turn, seed, task in itertools.product(range(3), SEEDS, TASKS):
         runs = []
         for arm in ARMS[task]:
-            rates = [best_rate(scores[task, name]) for name in (["ce", arm] if ">" in arm else [arm])]
-            if (task, arm, budget, seed) not in finished:
+            stages = [tried[task, "ce"]] if ">" in arm else []
+            rates = [best_rate(of_stage) for of_stage in (*stages, tried[task, rate_from(task, arm)])]
+            if turn_of(task, arm) == turn and (task, arm, seed) not in finished:
                 runs.append((arm, rates))
-        jobs += in_jobs(task, seed, budget, runs)
+        jobs += in_jobs(task, seed, runs)
     return jobs
 
 
-def in_jobs(task: str, seed: int, budget: int, runs: list) -> list[dict]:
-    """A job for each run, but one for all runs that share a first stage, which take longest and come first."""
+def turn_of(task: str, arm: str) -> int:
+    """First the losses alone and the recipe, then one stage with Lovász, last the variants of the second stage."""
+    if rate_from(task, arm) != arm:
+        return 2
+    return int("lovasz" in arm and ">" not in arm)
+
+
+def in_jobs(task: str, seed: int, runs: list) -> list[dict]:
+    """A job for each run, but one for all runs that share a first stage."""
     together = [run for run in runs if ">" in run[0]]
-    groups = ([together] if together else []) + [[run] for run in runs if ">" not in run[0]]
-    return [{"task": task, "seed": seed, "budget": budget, "runs": group} for group in groups]
+    groups = [[run] for run in runs if ">" not in run[0]] + ([together] if together else [])
+    return [{"task": task, "seed": seed, "runs": group} for group in groups]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def prepare_worker(quick: bool) -> None:
+def prepare_worker() -> None:
     """One thread in each process; the parent alone minds Ctrl-C."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if quick:
-        shorten()
-
-
-def shorten() -> None:
-    """The shape of it in some minutes; what comes out means nothing."""
-    global BUDGETS, SEEDS, SEARCH_BUDGET, SETTINGS
-    BUDGETS, SEEDS, SEARCH_BUDGET, SETTINGS = QUICK["budgets"], QUICK["seeds"], QUICK["search"], QUICK["settings"]
 
 
 def main() -> None:
     """Search the learning rates, then train what the comparison lacks."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each (default: 2)")
-    parser.add_argument(
-        "--device", type=torch.device, default=torch.device("cpu"), help="where to train (default: cpu)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a few steps of each run, to see the shape of it")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: examples/results)")
+    parser.add_argument("--sweep-only", action="store_true", help="stop when the learning rates are chosen")
     args = parser.parse_args()
-    if args.quick:
-        shorten()
-    out = args.out or (CACHE / "quick" if args.quick else RESULTS)
-    out.mkdir(parents=True, exist_ok=True)
-    search, runs = out / "search.jsonl", out / "runs.jsonl"
+    RESULTS.mkdir(exist_ok=True)
+    sweep, runs = RESULTS / "sweep.jsonl", RESULTS / "runs.jsonl"
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        get_context("spawn").Pool(args.processes, prepare_worker, (args.quick,)) as pool,
+        get_context("spawn").Pool(args.processes, prepare_worker) as pool,
         Progress(*columns, console=Console()) as progress,
     ):
-        for _ in progress.track(
-            pool.imap_unordered(prepare_scenes, (*SEARCH_SEEDS, *SEEDS)),
-            len(SEARCH_SEEDS) + len(SEEDS),
-            description="scenes",
-        ):
-            pass
 
         def work(jobs: list[dict], path: Path, title: str) -> None:
             bar = progress.add_task(title, total=sum(len(job["runs"]) for job in jobs))
-            with path.open("a", encoding="utf-8") as file:
-                for records in pool.imap_unordered(partial(run_job, device=args.device), jobs):
-                    file.writelines(json.dumps(record) + "\n" for record in records)
-                    file.flush()
-                    progress.advance(bar, len(records))
+            for count in pool.imap_unordered(partial(run_job, path=path), jobs):
+                progress.advance(bar, count)
 
-        while jobs := search_jobs(read(search)):
-            work(jobs, search, "learning rates")
-        work(comparison_jobs(read(runs), read(search)), runs, "comparison")
+        while jobs := sweep_jobs(read(sweep)):
+            work(jobs, sweep, "learning rates")
+        if not args.sweep_only:
+            work(comparison_jobs(read(runs), read(sweep)), runs, "comparison")
 
 
 if __name__ == "__main__":
