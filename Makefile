@@ -7,13 +7,14 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where the composed package keeps the overlay's files.
 OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
 
-.PHONY: help demo evidence bench test lint types pytest doctest bench-smoke docs test-torch patch patch-test upstream-test rebase clean
+.PHONY: help demo evidence bench test lint types pytest fuzz doctest bench-smoke docs test-torch patch patch-test upstream-test rebase clean
 
 help:
 	@echo "make demo        train a segmentation network on real handwriting in two stages, and find the best threshold"
 	@echo "make evidence    compare losses seed by seed, about an hour and a half; stop it and go on as you like"
 	@echo "make bench       time, memory and accuracy beside Kornia 0.9.0 and cross-entropy"
 	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
+	@echo "make fuzz        the laws of the losses on many more inputs, drawn anew"
 	@echo "make docs        the documentation, into docs/build/html"
 	@echo "make test-torch TORCH=2.5.1   the tests alone, with another release of PyTorch"
 	@echo "make patch       the patch series for Kornia and the texts of its pull requests, into dist/upstream"
@@ -45,6 +46,9 @@ types: $(VENV)/installed
 
 pytest: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/installed
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/losses/test_lovasz_properties.py $(ARGS)
 
 doctest: $(VENV)/installed
 	$(BIN)/python -m pytest --doctest-modules $(OVERLAY)

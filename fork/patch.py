@@ -245,8 +245,9 @@ def left_to_submitter(step: Step) -> str:
     """What a generator of texts cannot know."""
     fragments = [path for path in step.sources if path.startswith("changelog.d/")]
     rows = [
-        "the lane, the linked issue and the disclosure that the template of Kornia's pull requests asks for",
-        "the log of these tests on your machine",
+        "an issue, opened early: Kornia asks for one where a change adds to its API or changes behaviour",
+        "which tests were run on your machine",
+        "a short word on how AI helped, if it did",
         f"the number of the pull request in the names of {', '.join(f'`{path}`' for path in fragments)}, for the `+`",
     ]
     return "## Before it is opened\n\n" + "".join(f"- [ ] {row}\n" for row in rows)

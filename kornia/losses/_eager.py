@@ -36,3 +36,9 @@ def is_dual(tensor: Tensor) -> bool:
 def is_batched(tensor: Tensor) -> bool:
     """Whether a gradient stands for many, as in ``autograd.grad(is_grads_batched=True)``, or a transform is active."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._are_functorch_transforms_active()
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor. Some devices, such as "meta", have none."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

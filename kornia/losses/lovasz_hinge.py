@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor
 
+from ._eager import is_autocast
 from ._labels import binary_labels, check_pair
 from ._lovasz_dispatch import hinge_loss
 from ._lovasz_options import LovaszModule, Options
@@ -97,7 +98,7 @@ def lovasz_hinge_loss(
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
     labels, valid = binary_labels(target.flatten(1).unsqueeze(1), options.ignore_index)
     loss = hinge_loss(logits, labels, valid, options)
-    return loss if torch.is_autocast_enabled(pred.device.type) or not pred.is_floating_point() else loss.to(pred.dtype)
+    return loss if is_autocast(pred) or not pred.is_floating_point() else loss.to(pred.dtype)
 
 
 class LovaszHingeLoss(LovaszModule):

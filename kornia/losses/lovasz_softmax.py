@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kornia.core.check import KORNIA_CHECK, KORNIA_CHECK_IS_TENSOR
 
+from ._eager import is_autocast
 from ._labels import check_pair, class_labels
 from ._lovasz_dispatch import softmax_loss
 from ._lovasz_options import LovaszModule, Options, checked_classes
@@ -132,7 +133,7 @@ def lovasz_softmax_loss(
     labels, valid = class_labels(target.flatten(1).unsqueeze(1), num_classes, options.ignore_index)
     logits = pred.to(torch.promote_types(dtype, torch.float32)).expand(labels.shape[0], -1, -1, -1)
     loss = softmax_loss(logits, labels, valid, weight, averaged, options)
-    return loss if torch.is_autocast_enabled(pred.device.type) else loss.to(dtype)
+    return loss if is_autocast(pred) else loss.to(dtype)
 
 
 class LovaszSoftmaxLoss(LovaszModule):

@@ -469,6 +469,26 @@ class TestLovaszTransforms(LovaszTester):
                 assert (actual_grad - grad).norm() < 1e-4 * grad.norm()  # a pixel can be at the edge of a bin
 
 
+@both_losses_with_options
+@with_forms("usual")
+class TestLovaszCuda(LovaszTester):
+    @pytest.mark.parametrize("num_bins", [None, 64])
+    def test_waits_for_nothing(self, loss, options, num_bins, device):
+        # Tensors on "meta" take the path of CUDA and have no values: what needs one, or has a shape that depends on
+        # one, raises there. Where there is a GPU, PyTorch looks for more.
+        place = device if device.type == "cuda" else torch.device("meta")
+        pred, target = (x.to(place) for x in make_inputs(loss, device, torch.float32))
+        options = {name: x.to(place) if torch.is_tensor(x) else x for name, x in options.items()}
+        if place.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss(pred.requires_grad_(), target, num_bins=num_bins, **options).sum().backward()
+        finally:
+            if place.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        assert pred.grad.shape == pred.shape
+
+
 @both_losses
 @with_forms("dense")
 @pytest.mark.jit

@@ -1,0 +1,177 @@
+"""The tables of the documentation from the raw numbers of the benchmark, reStructuredText."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OURS, BINNED, BASELINE, RELEASE = "this fork", "this fork, 1024 bins", "cross-entropy", "Kornia 0.9.0"
+SHORT = {
+    OURS: "this fork",
+    BINNED: "1024 bins",
+    "this fork, in a group": "in a group",
+    BASELINE: "cross-entropy",
+    RELEASE: "Kornia 0.9.0",
+    "segmentation-models-pytorch": "smp",
+    "pytorch-toolbelt": "toolbelt",
+}
+DEVICES = {"cpu": "On a CPU", "cuda": "On a GPU"}
+
+Seconds = dict[str, list[float]]
+
+
+def read(device: str) -> dict | None:
+    """The raw numbers of a device, None if it was not measured."""
+    path = RESULTS / f"{device}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def ratio(seconds: Seconds, above: str, below: str) -> float:
+    """Median over the rounds of how many times as long one takes as another."""
+    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+
+
+def digits(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def list_table(title: str, lines: list[list[str]], options: str = "") -> str:
+    """A table with a heading; the first column is the widest."""
+    width = max(12, 60 // max(1, len(lines[0]) - 1))
+    result = [
+        f".. list-table:: {title}",
+        "   :header-rows: 1",
+        f"   :widths: 34 {f'{width} ' * (len(lines[0]) - 1)}".rstrip(),
+    ]
+    result += [options, ""] if options else [""]
+    for line in lines:
+        result += [f"   {'* -' if i == 0 else '  -'} {cell}".rstrip() for i, cell in enumerate(line)]
+    return "\n".join([*result, ""])
+
+
+def extremes(grid: dict[str, Seconds], above: str, below: str, best: Callable) -> dict[str, tuple[float, str]]:
+    """The worst, median and best ratio of the scenes drawn at random, and the scenes of both ends."""
+    ratios = {label: ratio(seconds, above, below) for label, seconds in grid.items()}
+    ends = {"best": best(ratios, key=ratios.__getitem__)}
+    ends["worst"] = (min if best is max else max)(ratios, key=ratios.__getitem__)
+    rows = {name: (ratios[label], label) for name, label in ends.items()}
+    return {"worst": rows["worst"], "median": (statistics.median(ratios.values()), ""), "best": rows["best"]}
+
+
+def drawn_table(results: dict) -> str:
+    """How the scenes drawn at random compare with the release and with cross-entropy."""
+    grid = results["grid"]["idle"]
+    lines = [["", "worst", "median", "best"]]
+    notes = []
+    for title, above, below, best in (
+        ("times as fast as Kornia 0.9.0", RELEASE, OURS, max),
+        ("times the time of cross-entropy", OURS, BASELINE, min),
+    ):
+        rows = extremes(grid, above, below, best)
+        lines.append([title, *(digits(value) for value, _ in rows.values())])
+        notes.append(f"The worst {title}: {rows['worst'][1]}.")
+    title = f"{len(grid)} scenes of any shape, drawn at random"
+    return list_table(title, lines) + "\n" + "\n".join(notes) + "\n"
+
+
+def circumstances_table(results: dict) -> str:
+    """What one thread and other work on the machine change."""
+    lines = [["", "times as fast as Kornia 0.9.0", "our time, in multiples of that on an idle machine"]]
+    idle = results["grid"]["idle"]
+    names = {"idle": "idle, all threads", "one thread": "idle, one thread", "busy": "beside two busy processes"}
+    for name, grid in results["grid"].items():
+        rows = {label: grid[label] for label in results["grid"]["busy"]}
+        times = [
+            statistics.median(seconds[OURS]) / statistics.median(idle[label][OURS]) for label, seconds in rows.items()
+        ]
+        speed = statistics.median(ratio(seconds, RELEASE, OURS) for seconds in rows.values())
+        lines.append([names[name], digits(speed), digits(statistics.median(times))])
+    return list_table(f"{len(results['grid']['busy'])} of them under other circumstances, medians", lines)
+
+
+def by_stage(rows: dict[str, dict[str, str]]) -> list[list[str]]:
+    """One line a shape, the numbers of its stages side by side."""
+    names = [name for name in SHORT if any(name in row for row in rows.values()) and name != BASELINE]
+    lines: dict[str, list[list[str]]] = {}
+    for label, row in rows.items():
+        shape, _, stage = label.rpartition(" ")
+        alone = stage == "random" or f"{shape} late" not in rows
+        cells = [row.get(name, "") for name in names]
+        lines.setdefault(label if alone else shape, []).append(cells)
+    heading = ["early / late", *(SHORT[name] for name in names)]
+    return [heading] + [
+        [label, *(" / ".join(pair) for pair in zip(*cells, strict=True))] for label, cells in lines.items()
+    ]
+
+
+def time_table(results: dict) -> str:
+    rows = {
+        label: {name: digits(ratio(seconds, name, BASELINE)) for name in seconds}
+        for label, seconds in results["times"].items()
+    }
+    return list_table("Time, in multiples of cross-entropy", by_stage(rows))
+
+
+def memory_table(results: dict) -> str:
+    rows = {label: {name: digits(x) for name, x in row.items()} for label, row in results["memory"].items()}
+    baseline = sorted({digits(row[BASELINE]) for row in results["memory"].values()})
+    title = f"Extra memory at the peak, in multiples of the logits; cross-entropy takes {' to '.join(baseline)}"
+    return list_table(title, by_stage(rows))
+
+
+def compiled_table(results: dict) -> str:
+    names = list(next(iter(results["compiled"].values())))
+    lines = [["milliseconds", *(name.removeprefix("this fork, ").capitalize() for name in names)]]
+    for label, seconds in results["compiled"].items():
+        lines.append([label, *(digits(1000 * statistics.median(seconds[name])) for name in names)])
+    return list_table("Eager and compiled", lines)
+
+
+def accuracy_table(results: dict) -> str:
+    names = (OURS, BINNED, RELEASE)
+    lines = [["image", *(SHORT[name] for name in names)]]
+    for side, row in results["errors"].items():
+        lines.append([f"{side}x{side}", *(f"{row[name]['gradient']:.0e}" for name in names)])
+    return list_table("Relative error of the gradient of the hinge loss in float32, against float64", lines)
+
+
+def claim(device: str) -> str:
+    """The sentence of the front page."""
+    results = read(device)
+    grid = results["grid"]["idle"]
+    over_release = extremes(grid, RELEASE, OURS, max)
+    over_baseline = extremes(grid, OURS, BASELINE, min)
+    low, middle, high = (digits(over_release[name][0]) for name in ("worst", "median", "best"))
+    least, median, most = (digits(over_baseline[name][0]) for name in ("best", "median", "worst"))
+    place = f", on an {results['machine']['device']}," if device == "cuda" else ","
+    return (
+        f"Over {len(grid)} shapes drawn at random{place} they are {low} to {high} times as fast as Kornia 0.9.0 "
+        f"(median {middle}), for {least} to {most} times the time of cross-entropy (median {median})."
+    )
+
+
+def setting(results: dict) -> str:
+    machine = results["machine"]
+    rounds = len(next(iter(results["times"].values()))[OURS])
+    threads = "" if "cuda" in machine["torch"] or "+cu1" in machine["torch"] else f", {machine['threads']} threads"
+    return (
+        f"Measured on {machine['date']}: {machine['device']}{threads}, PyTorch {machine['torch']}, Python "
+        f"{machine['python']}, medians of {rounds} rounds.\n"
+    )
+
+
+def write_docs(folder: Path) -> None:
+    """A file of tables for each device; an empty one for a device that was not measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for device, title in DEVICES.items():
+        results = read(device)
+        parts = []
+        if results:
+            parts = [title, "-" * len(title), "", claim(device), "", drawn_table(results)]
+            parts += [circumstances_table(results)] * ("busy" in results["grid"])
+            parts += [time_table(results), memory_table(results), compiled_table(results), setting(results)]
+        (folder / f"speed_{device}.rst").write_text("\n".join(parts), encoding="utf-8")
+    (folder / "accuracy.rst").write_text(accuracy_table(read("cpu")), encoding="utf-8")
