@@ -171,7 +171,7 @@ def write_docs(folder: Path) -> None:
         parts = []
         if results:
             parts = [title, "-" * len(title), "", claim(device), "", drawn_table(results)]
-            parts += [circumstances_table(results)] * ("busy" in results["grid"])
+            parts += [circumstances_table(results)] if "busy" in results["grid"] else []
             parts += [time_table(results), memory_table(results), compiled_table(results), setting(results)]
         (folder / f"speed_{device}.rst").write_text("\n".join(parts), encoding="utf-8")
     (folder / "accuracy.rst").write_text(accuracy_table(read("cpu")), encoding="utf-8")
