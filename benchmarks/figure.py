@@ -37,7 +37,8 @@ def draw(raw: Path, path: Path) -> None:
             f"Time of {len(grid)} scenes drawn at random,\nin multiples of cross-entropy", loc="left", fontsize=13
         )
         cost.set(xlabel="logits in the batch")
-        cost.legend(frameon=False, loc="upper left", handletextpad=0.1)
+        cost.set_ylim(bottom=0.3)
+        cost.legend(frameon=False, loc="lower right", handletextpad=0.1)
         sides = [int(side) for side in results["errors"]]
         # The textbook form and other libraries have the curve of Kornia.
         labels = {RELEASE: "Kornia 0.9.0 and other libraries", BINNED: BINNED, OURS: OURS}
