@@ -19,13 +19,15 @@ def is_eager(tensor: Tensor) -> bool:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor has values to look at, though a transform of functorch may be active around it."""
-    return is_eager(tensor) or (
-        type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and torch._C._are_functorch_transforms_active()
-    )
+    """Whether a tensor has values to look at, though a transform of functorch may be active, but for vmap over it."""
+    if is_eager(tensor):
+        return True
+    if type(tensor) is not Tensor or torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return torch._C._are_functorch_transforms_active() and not is_wrapped
 
 
 def is_dual(tensor: Tensor) -> bool:

@@ -97,21 +97,20 @@ def softmax(
         the part of each image in the loss of its group ``(B,)``, and the gradient of their sum ``(B, C, N)``.
     """
     foreground = labels == torch.arange(logits.shape[1], device=labels.device).view(-1, 1)
-    ignored = None if valid is None else ~valid
-    if ignored is not None:
+    if valid is not None:
         foreground = foreground & valid
-        logits = logits.masked_fill(ignored, 0.0)
+        logits = logits.masked_fill(~valid, 0.0)
     probabilities = logits.softmax(1)
     fixed = probabilities.detach()
     errors = fixed.masked_fill(foreground, 0.0)
     errors = torch.where(foreground, errors.sum(1, keepdim=True), errors)
-    if ignored is not None:
-        errors = errors.masked_fill_(ignored, -1.0)
+    if valid is not None:
+        errors = errors.masked_fill_(~valid, -1.0)
     weights, sizes = rank(errors, foreground, None)
     del errors
     weights = weights * factors_of(sizes, weight).unsqueeze(-1)
     weights = weights + weights.gather(1, labels)
-    weights = weights.masked_fill_(foreground if ignored is None else foreground | ignored, 0.0)
+    weights = weights.masked_fill_(foreground if valid is None else foreground | ~valid, 0.0)
     shares = (probabilities * weights).sum(1, keepdim=True)
     return shares.sum((1, 2)), (weights - shares).detach().mul_(fixed)
 

@@ -144,6 +144,18 @@ class TestLovaszHingeLoss(LovaszTester):
         with pytest.raises(ValueError, match="0 for the background and 1 for the foreground"):
             lovasz_hinge_loss(pred, target.double() / 2)
 
+    def test_exception_under_functorch(self):
+        # where the labels are not mapped over, they have values
+        pred, target = make_inputs(HINGE, "cpu", torch.float64)
+        for transformed in (
+            lambda labels: torch.func.grad(lambda x: lovasz_hinge_loss(x, labels))(pred),
+            lambda labels: torch.func.jvp(lambda x: lovasz_hinge_loss(x, labels.float()), (pred,), (pred,)),
+            lambda labels: torch.func.vmap(lambda x: lovasz_hinge_loss(x[None], labels[:1]))(pred),
+        ):
+            transformed(target)
+            with pytest.raises(ValueError, match=r"0 for the background and 1 for the foreground.*Got: \[2"):
+                transformed(target + 1)
+
     def test_exception_narrow_labels(self, dtype):
         # -100 is 156 modulo 256, and 255 is -1: neither is in these tensors
         pred = torch.zeros(1, 1, 1, 2, dtype=dtype)
