@@ -48,7 +48,7 @@ def lovasz_hinge_loss(
             computed in float32, integers and bool as float32.
         target: labels :math:`(B, H, W)`, 1 for the foreground and 0 for the background, of any integer,
             floating-point or bool dtype.
-        ignore_index: pixels with this label do not exist: they have no error, no gradient and are not counted.
+        ignore_index: pixels with this label are excluded: they have no error, no gradient and are not counted.
             None: nothing is ignored.
         per_image: True: each image is one group, whose IoU is optimised on its own. False: the batch is one group.
         reduction: over the groups: "mean", "sum", or "none" for one loss per group.

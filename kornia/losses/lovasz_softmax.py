@@ -76,7 +76,7 @@ def lovasz_softmax_loss(
             averaged, so a uniform weight of 2 doubles the loss. It receives a gradient if it requires one.
         classes: the classes averaged. "all": an absent class enters with its largest probability. "present": only
             the classes that occur among the valid pixels of the group. A sequence of int: exactly those.
-        ignore_index: pixels with this label do not exist: they have no error, no gradient and are not counted.
+        ignore_index: pixels with this label are excluded: they have no error, no gradient and are not counted.
             None: nothing is ignored.
         per_image: True: each image is one group, whose IoU is optimised on its own. False: the batch is one group.
         reduction: over the groups: "mean", "sum", or "none" for one loss per group.

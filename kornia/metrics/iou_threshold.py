@@ -225,7 +225,7 @@ def iou_at_thresholds(
             floating-point or bool dtype.
         thresholds: thresholds :math:`(T,)` in logits, in any order, of any real dtype; they may repeat and be infinite.
             A probability :math:`p` is the logit :math:`\log(p / (1 - p))`, ``torch.logit(p)``.
-        ignore_index: pixels with this label do not exist: they are not counted. None: nothing is ignored.
+        ignore_index: pixels with this label are excluded. None: nothing is ignored.
 
     Returns:
         the IoU at each threshold :math:`(T,)` in [0, 1], float64 if ``pred`` is, otherwise float32; without a gradient.
@@ -269,7 +269,7 @@ def best_iou_threshold(pred: Tensor, target: Tensor, *, ignore_index: Optional[i
         pred: logits :math:`(B, 1, H, W)`. Integers and bool are taken as float32.
         target: labels :math:`(B, H, W)`, 1 for the foreground and 0 for the background, of any integer,
             floating-point or bool dtype.
-        ignore_index: pixels with this label do not exist: they are not counted. None: nothing is ignored.
+        ignore_index: pixels with this label are excluded. None: nothing is ignored.
 
     Returns:
         the threshold and its IoU, both 0-d. The threshold is in logits, in the dtype of a floating-point ``pred`` and
@@ -308,7 +308,7 @@ class IoUThresholdSearch:
     Args:
         thresholds: thresholds :math:`(T,)` in logits, in any order, of a floating-point dtype. None: the 31
             probabilities 0.3, 0.313, ..., 0.7, as logits in float32.
-        ignore_index: label of the pixels that do not exist, or None.
+        ignore_index: label of the pixels to exclude, or None.
 
     Attributes:
         thresholds: the thresholds :math:`(T,)`.
