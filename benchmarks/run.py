@@ -69,9 +69,7 @@ def measure_times(scene: Scene, losses: dict[str, Loss], device: torch.device, r
     }
     for timer in timers.values():
         timer.timeit(1)
-    # Short steps are timed in groups, and so are those whose device runs behind.
-    repeat = 5 if device.type == "cuda" else 1 if pred.numel() > 1 << 18 else 20
-    return in_turn(timers, rounds, repeat)
+    return in_turn(timers, rounds, pred)
 
 
 def on_device(scene: Scene, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,8 +109,10 @@ def circumstances(name: str) -> Iterator[None]:
             process.kill()
 
 
-def in_turn(timers: dict[str, Timer], rounds: int, repeat: int) -> dict[str, list[float]]:
+def in_turn(timers: dict[str, Timer], rounds: int, pred: torch.Tensor) -> dict[str, list[float]]:
     """Seconds of every timer in every round, one after the other within a round."""
+    # Short steps are timed in groups, and so are those whose device runs behind.
+    repeat = 5 if pred.is_cuda else 1 if pred.numel() > 1 << 18 else 20
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():

@@ -71,7 +71,7 @@ def measure(shape: tuple[int, ...], stage: str, device: torch.device, rounds: in
         )
         for name, f in IMPLEMENTATIONS.items()
     }
-    return in_turn(timers, rounds, pred.numel())
+    return in_turn(timers, rounds, pred)
 
 
 def row(seconds: dict[str, list[float]]) -> dict[str, str]:
