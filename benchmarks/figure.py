@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 from math import prod
 from pathlib import Path
@@ -14,8 +13,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+from tables import BASELINE, BINNED, OURS, RELEASE, ratio
 
-OURS, BINNED, BASELINE, RELEASE = "this fork", "this fork, 1024 bins", "cross-entropy", "Kornia 0.9.0"
 COLOURS = {OURS: "#2a6f97", BINNED: "#61a5c2", BASELINE: "#6c757d", RELEASE: "#b23a48"}
 
 
@@ -27,9 +26,7 @@ def draw(raw: Path, path: Path) -> None:
         grid = results["grid"]["idle"]
         sizes = [prod(map(int, re.search(r"\d+(x\d+)+", label).group().split("x"))) for label in grid]
         for name in (RELEASE, OURS):
-            times = [
-                statistics.median(a / b for a, b in zip(seconds[name], seconds[BASELINE])) for seconds in grid.values()
-            ]
+            times = [ratio(seconds, name, BASELINE) for seconds in grid.values()]
             cost.loglog(sizes, times, "o", ms=6, alpha=0.75, color=COLOURS[name], label=name)
         cost.axhline(1, color=COLOURS[BASELINE], ls="--")
         cost.annotate("cross-entropy", (min(sizes), 1), (0, -16), textcoords="offset points", color=COLOURS[BASELINE])

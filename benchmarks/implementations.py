@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tables import BASELINE, BINNED, GROUPED, OURS, RELEASE
 
 from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
 
@@ -22,8 +23,6 @@ sys.path.insert(0, str(ROOT))
 from fork.compose import fetch_release, load_release_module  # noqa: E402 - found through the line above
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-OURS, BINNED, GROUPED = "this fork", "this fork, 1024 bins", "this fork, in a group"
-BASELINE, RELEASE = "cross-entropy", "Kornia 0.9.0"
 
 
 def textbook_terms(errors: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OURS, BINNED, BASELINE, RELEASE = "this fork", "this fork, 1024 bins", "cross-entropy", "Kornia 0.9.0"
+OURS, BINNED, GROUPED = "this fork", "this fork, 1024 bins", "this fork, in a group"
+BASELINE, RELEASE = "cross-entropy", "Kornia 0.9.0"
 SHORT = {
     OURS: "this fork",
     BINNED: "1024 bins",
-    "this fork, in a group": "in a group",
+    GROUPED: "in a group",
     BASELINE: "cross-entropy",
     RELEASE: "Kornia 0.9.0",
     "segmentation-models-pytorch": "smp",
@@ -38,15 +39,15 @@ def digits(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
-def list_table(title: str, lines: list[list[str]], options: str = "") -> str:
+def list_table(title: str, lines: list[list[str]]) -> str:
     """A table with a heading; the first column is the widest."""
     width = max(12, 60 // max(1, len(lines[0]) - 1))
     result = [
         f".. list-table:: {title}",
         "   :header-rows: 1",
         f"   :widths: 34 {f'{width} ' * (len(lines[0]) - 1)}".rstrip(),
+        "",
     ]
-    result += [options, ""] if options else [""]
     for line in lines:
         result += [f"   {'* -' if i == 0 else '  -'} {cell}".rstrip() for i, cell in enumerate(line)]
     return "\n".join([*result, ""])
@@ -153,10 +154,10 @@ def claim(device: str) -> str:
     )
 
 
-def setting(results: dict) -> str:
+def setting(results: dict, device: str) -> str:
     machine = results["machine"]
     rounds = len(next(iter(results["times"].values()))[OURS])
-    threads = "" if "cuda" in machine["torch"] or "+cu1" in machine["torch"] else f", {machine['threads']} threads"
+    threads = f", {machine['threads']} threads" if device == "cpu" else ""
     return (
         f"Measured on {machine['date']}: {machine['device']}{threads}, PyTorch {machine['torch']}, Python "
         f"{machine['python']}, medians of {rounds} rounds.\n"
@@ -172,6 +173,6 @@ def write_docs(folder: Path) -> None:
         if results:
             parts = [title, "-" * len(title), "", claim(device), "", drawn_table(results)]
             parts += [circumstances_table(results)] if "busy" in results["grid"] else []
-            parts += [time_table(results), memory_table(results), compiled_table(results), setting(results)]
+            parts += [time_table(results), memory_table(results), compiled_table(results), setting(results, device)]
         (folder / f"speed_{device}.rst").write_text("\n".join(parts), encoding="utf-8")
     (folder / "accuracy.rst").write_text(accuracy_table(read("cpu")), encoding="utf-8")

@@ -18,7 +18,7 @@ def test_front_page_says_what_was_measured(page, device):
     assert tables.claim(device) in text
 
 
-def test_claim_has_the_ends_and_the_middle(tmp_path, monkeypatch):
+def test_claim_has_the_ends_and_the_middle(monkeypatch):
     def scene(ours, release):
         return {tables.OURS: [ours, ours], tables.RELEASE: [release, release], tables.BASELINE: [1.0, 1.0]}
 
