@@ -150,8 +150,7 @@ class Stage:
     ) -> None:
         self.network, self.data, self.loss, self.steps = network, data, loss, steps
         self.batch_size, self.amp = batch_size, amp
-        on_cuda = next(network.parameters()).device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, fused=on_cuda or None)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, fused=True)
         rise = (
             0.2 if steps != 5 else 0.4
         )  # a rise of exactly one step has no slope, and OneCycleLR divides by its length
