@@ -226,6 +226,18 @@ class TestLovaszValues(LovaszTester):
         pred, target = make_inputs(loss, device, dtype)
         assert torch.equal(loss(pred, target.to(label_dtype)), loss(pred, target))
 
+    @pytest.mark.parametrize("num_bins", [None, 16])
+    def test_feature_default_dtype(self, loss, num_bins, device, dtype):
+        """What PyTorch makes of a plain number has no part in the loss."""
+        pred, target = make_inputs(loss, device, dtype)
+        expected = value_and_grad(loss, pred, target, num_bins=num_bins)
+        torch.set_default_dtype(torch.float64)
+        try:
+            actual = value_and_grad(loss, pred, target, num_bins=num_bins)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        self.assert_close(actual, expected, rtol=0.0, atol=0.0)
+
     @pytest.mark.parametrize("sign", [1.0, -1.0])
     @pytest.mark.parametrize("num_bins", [None, 8])
     def test_feature_nan(self, loss, num_bins, sign, device, dtype):
