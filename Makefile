@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where the composed package keeps the overlay's files.
 OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
 
-.PHONY: help demo evidence bench test lint types pytest fuzz doctest bench-smoke docs test-torch patch patch-test upstream-test rebase clean
+.PHONY: help demo evidence bench test lint types pytest fuzz doctest bench-smoke docs test-torch patch patch-test upstream-test clean
 
 help:
 	@echo "make demo        train a segmentation network on real handwriting in two stages, and find the best threshold"
@@ -20,7 +20,6 @@ help:
 	@echo "make patch       the patch series for Kornia and the texts of its pull requests, into dist/upstream"
 	@echo "make patch-test  the same, with the tests of each step on the tree that it leaves"
 	@echo "make upstream-test KORNIA=<checkout>   Kornia's own tests on the release and on the fork, compared"
-	@echo "make rebase VERSION=x.y.z   move the fork to another release of Kornia"
 	@echo "make lint | types | pytest | doctest   one part of the check"
 	@echo "make clean       remove what the other targets made"
 
@@ -85,13 +84,10 @@ test-torch:
 patch patch-test: $(VENV)/installed
 	$(BIN)/python -m fork.patch $(if $(KORNIA),--kornia $(KORNIA)) $(if $(filter patch-test,$@),--test)
 
-# SCOPE=tests for all of them; more options of pytest in ARGS.
+# More options of the script and of pytest in ARGS: --scope tests, --dtype float32.
 upstream-test: $(VENV)/installed
-	$(BIN)/python -m fork.upstream_test $(if $(KORNIA),--kornia $(KORNIA)) $(if $(SCOPE),--scope $(SCOPE)) $(ARGS)
-
-rebase: $(VENV)/installed
-	@test -n "$(VERSION)" || { echo "say which release: make rebase VERSION=x.y.z"; exit 2; }
-	$(BIN)/python -m fork.rebase $(VERSION)
+	@test -n "$(KORNIA)" || { echo "give a checkout of Kornia: make upstream-test KORNIA=<folder>"; exit 2; }
+	$(BIN)/python -m fork.upstream_test $(KORNIA) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist docs/build docs/source/_generated docs/source/recipe demo-output
