@@ -146,9 +146,7 @@ def task_data(task: str, seed: int) -> dict[str, Split]:
     if task == "digits":
         return scene_splits(tuple(SETTINGS["scenes"]), SETTINGS["size"], seed)
     chosen = {}
-    for (name, split), most in zip(
-        blue_marble.tiles(seed, SETTINGS["size"]).items(), SETTINGS["scenes"], strict=True
-    ):
+    for (name, split), most in zip(blue_marble.tiles(seed, SETTINGS["size"]).items(), SETTINGS["scenes"], strict=True):
         part = torch.randperm(len(split[0]), generator=torch.Generator().manual_seed(seed))[:most]
         chosen[name] = Split(*(tensor[part] for tensor in split))
     return chosen
