@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -410,6 +412,57 @@ class TestLovaszGradients(LovaszTester):
             actual = loss(pred, target)
         assert actual.dtype == torch.float32
         self.assert_close(actual, expected, rtol=1e-6, atol=0.0)
+
+
+@both_losses
+class TestLovaszScale(LovaszTester):
+    @with_forms("usual", "dense")
+    def test_more_pixels_than_float32_can_count(self, loss, device):
+        """2**24 + 1 pixels of the background have the larger error, then as many of the foreground: both exact."""
+        count = 2**24 + 1
+        target = torch.zeros(1, 2, count, dtype=torch.uint8, device=device)
+        target[:, 1] = 1
+        if loss is HINGE:  # errors 2 and 1
+            pred = torch.stack([torch.ones(count), torch.zeros(count)]).view(1, 1, 2, count).to(device)
+            options, expected = {}, 2 * 0.5 + 1 * 0.5
+        else:  # errors of class 1: 3/4 and 1/2
+            pred = torch.zeros(1, 2, 2, count, device=device)
+            pred[0, 1, 0] = math.log(3)
+            options, expected = {"classes": [1]}, 0.75 * 0.5 + 0.5 * 0.5
+        value, grad = value_and_grad(loss, pred, target, **options)
+        self.assert_close(value.item(), expected, rtol=1e-6, atol=0.0)
+        # d error / d logit: 1 for the hinge loss, p (1 - p) for the other
+        slopes = (1.0, 1.0) if loss is HINGE else (3 / 16, 1 / 4)
+        background, foreground = grad[0, -1].double()
+        # The m-th of the background has the weight G / ((G + m - 1) (G + m)), one of the foreground 1 / (G + N).
+        self.assert_close(background.max().item(), slopes[0] / (count + 1), rtol=1e-6, atol=0.0)
+        self.assert_close(background.min().item(), slopes[0] / (4 * count - 2), rtol=1e-6, atol=0.0)
+        self.assert_close(background.sum().item(), slopes[0] / 2, rtol=1e-6, atol=0.0)
+        self.assert_close(foreground, torch.full_like(foreground, -slopes[1] / (2 * count)), rtol=1e-6, atol=0.0)
+
+    @with_forms("usual")
+    def test_ten_thousand_steps_keep_nothing(self, loss, device):
+        pred, target = make_inputs(loss, device, torch.float32)
+        pred.requires_grad_()
+
+        def objects_after(steps):
+            for _ in range(steps):
+                pred.grad = None
+                loss(pred, target).backward()
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = objects_after(100)
+        assert objects_after(10_000) - before < 100
+
+    @with_forms("usual", "dense")
+    def test_threads_do_not_meet(self, loss, device):
+        """Each thread gets what it would get alone."""
+        cases = [make_inputs(loss, device, torch.float32, (2, 160, 240), seed=seed) for seed in range(16)]
+        expected = [value_and_grad(loss, *case) for case in cases]
+        with ThreadPoolExecutor(8) as pool:
+            actual = list(pool.map(lambda case: value_and_grad(loss, *case), cases))
+        self.assert_close(actual, expected, rtol=RTOL[torch.float32], atol=1e-8)
 
 
 @both_losses_with_options

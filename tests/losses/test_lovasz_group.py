@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,12 +104,48 @@ def train_in_group(rank, ranks, folder):
     dist.destroy_process_group()
 
 
-def lose_a_process(rank, ranks, folder):
-    join_group(rank, ranks, folder, seconds=20)
+def disagree(rank, ranks, folder):
+    """The last process asks for something else than the others."""
+    join_group(rank, ranks, folder)
+    torch.manual_seed(0)
+    target = torch.zeros(2, 4, 5, dtype=torch.long)
+    logits = {classes: torch.randn(2, classes, 4, 5) for classes in (1, 3, 4)}
+
+    def hinge(num_bins=8):
+        return lovasz_hinge_loss(logits[1], target, per_image=False, num_bins=num_bins, group=dist.group.WORLD)
+
+    def softmax(count, classes="all"):
+        options = {"per_image": False, "num_bins": 8, "group": dist.group.WORLD}
+        return lovasz_softmax_loss(logits[count], target, classes=classes, **options)
+
+    pairs = [
+        (hinge, partial(hinge, 16)),
+        (partial(softmax, 3), partial(softmax, 4)),
+        (partial(softmax, 3), partial(softmax, 3, "present")),
+        (partial(softmax, 3, [0, 1]), partial(softmax, 3, [0, 2])),
+        (hinge, partial(softmax, 3)),
+    ]
+    messages = []
+    for pair in pairs:
+        try:
+            pair[rank == ranks - 1]()
+        except ValueError as error:
+            messages.append(str(error))
+    torch.save((messages, len(pairs), hinge()), Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def lose_a_process(how, rank, ranks, folder):
+    """The last process does not come to the second loss."""
+    join_group(rank, ranks, folder, seconds=5 if how == "hangs" else 20)
     features, target = make_case(CASES[0], ranks)[rank]
     loss, model = make_loss(CASES[0], dist.group.WORLD), make_model(CASES[0])
     loss(model(features), target)
     if rank == ranks - 1:
+        if how == "raises":
+            raise ArithmeticError
+        if how == "hangs":
+            time.sleep(10)
         os._exit(1)
     try:
         loss(model(features), target)
@@ -162,9 +200,23 @@ class TestGroup(BaseTester):
                 assert part in message
             assert len(messages) == (2 if rank == 0 else 3)
 
-    def test_lost_process(self):
+    def test_processes_that_disagree(self):
+        """All of them raise, and the group can go on."""
         with tempfile.TemporaryDirectory() as folder:
-            codes = run_processes(lose_a_process, 3, folder)
+            assert run_processes(disagree, 3, folder) == [0, 0, 0]
+            results = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(3)]
+        for messages, count, value in results:
+            assert len(messages) == count
+            assert all(message.startswith("all processes of group must call the same loss") for message in messages)
+            assert torch.equal(value, results[0][2])
+        assert "num_bins=8" in results[0][0][0]
+        assert "num_bins=16" in results[2][0][0]
+
+    @pytest.mark.parametrize("how", ["exits", "raises", "hangs"])
+    def test_lost_process(self, how):
+        """The others raise, in the time that the group has been given at most."""
+        with tempfile.TemporaryDirectory() as folder:
+            codes = run_processes(partial(lose_a_process, how), 3, folder)
             assert codes == [0, 0, 1]
             for rank in range(2):
                 assert torch.load(Path(folder) / f"error{rank}.pt")

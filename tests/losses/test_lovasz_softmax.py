@@ -48,6 +48,14 @@ class TestLovaszSoftmaxLoss(LovaszTester):
         with pytest.raises(ValueError, match=message):
             LovaszSoftmaxLoss(classes=classes)(pred, target)
 
+    def test_feature_a_thousand_classes(self, device):
+        generator = torch.Generator().manual_seed(0)
+        pred = torch.randn(2, 1000, 3, 5, generator=generator).to(device)
+        target = torch.randint(0, 1000, (2, 3, 5), generator=generator).to(device)
+        for options in ({}, {"classes": "present", "per_image": False}):
+            value = lovasz_softmax_loss(pred, target, **options)
+            self.assert_close(value.cpu().double(), oracle(SOFTMAX, pred, target, **options), rtol=1e-6, atol=0.0)
+
     @pytest.mark.parametrize("height", [256, 1024])
     def test_feature_gradient_of_large_image(self, device, height):
         # Two classes, probabilities that differ pairwise: d loss / d p is a weight, counted from sets by definition.
