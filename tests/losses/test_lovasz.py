@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from lovasz import (
@@ -104,6 +108,48 @@ class TestLovaszChecks(LovaszTester):
             loss(*make_inputs(loss, "cpu", torch.float32), **options)
         with pytest.raises(ValueError, match=message):
             loss.module(**options)
+
+    def test_exception_layout(self, loss, device):
+        """Whoever has points or volumes is told how to pass them."""
+        points = torch.zeros(7, loss.channels, device=device), torch.zeros(7, device=device)
+        with pytest.raises(ShapeError, match=r"(?s)Points \(N, C\) .*: pass pred\.T\[None, :, :, None\]"):
+            loss(*points)
+        volumes = torch.zeros(1, loss.channels, 2, 3, 4, device=device), torch.zeros(1, 2, 3, 4, device=device)
+        with pytest.raises(ShapeError, match=r"(?s)Volumes .*: pass pred\.flatten\(3\)"):
+            loss(*volumes)
+
+    def test_exception_label_of_64_bits(self, loss):
+        """As int64 it would be the label to ignore."""
+        pred, target = make_inputs(loss, "cpu", torch.float32)
+        target = target.to(torch.uint64)
+        assert torch.equal(loss(pred, target), loss(pred, target.long()))
+        wrong = torch.full_like(target, 1, dtype=torch.int64)
+        wrong[0, 0, 0] = -100
+        with pytest.raises((ValueError, RuntimeError), match=loss.wrong_label):
+            loss(pred, wrong.view(torch.uint64))
+
+    def test_integers_of_other_libraries(self, loss, device):
+        pred, target = make_inputs(loss, device, torch.float32, ignored=255)
+        options = {"ignore_index": 255, "num_bins": 8}
+        others = {name: np.int64(value) for name, value in options.items()}
+        assert torch.equal(loss(pred, target, **others), loss(pred, target, **options))
+        for name in options:
+            for wrong in (np.array([8, 8]), torch.tensor(8)):
+                with pytest.raises(ValueError, match=f"{name} must be None or a"):
+                    loss(pred, target, **{name: wrong})
+
+    def test_module_with_a_group(self, loss, device):
+        """Copies share the group, as it is a handle; pickles cannot."""
+        module = loss.module(num_bins=8, ignore_index=255)
+        module.group = threading.Lock()  # which cannot be copied either
+        twin = copy.deepcopy(module)
+        assert twin is not module
+        assert twin.group is module.group
+        assert twin.options == module.options
+        with pytest.raises(TypeError, match="cannot be pickled: set group=None before, and the group after loading"):
+            pickle.dumps(module)
+        module.group = None
+        assert pickle.loads(pickle.dumps(module)).options == module.options  # noqa: S301 - our own
 
     def test_module(self, loss, device, dtype):
         pred, target = make_inputs(loss, device, dtype, ignored=255)

@@ -529,6 +529,12 @@ class TestIoUThresholdSearch(BaseTester):
         self.assert_close(thresholds, expected, rtol=1e-5, atol=1e-6)
         assert thresholds[15] == 0
 
+    def test_repr(self, device):
+        search = IoUThresholdSearch(torch.tensor([-1.0, 0.5]), ignore_index=255)
+        search.update(torch.zeros(2, 1, 3, 4, device=device), torch.zeros(2, 3, 4, dtype=torch.long, device=device))
+        expected = "IoUThresholdSearch(2 thresholds from -1 to 0.5, ignore_index=255, 24 pixels counted)"
+        assert repr(search) == expected
+
     def test_exception(self):
         exception_cases(lambda pred, target, **options: IoUThresholdSearch(**options).update(pred, target))
         with pytest.raises(ShapeError, match="expected 1 dimensions, got 2"):
