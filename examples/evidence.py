@@ -50,7 +50,7 @@ ARMS = {
     "digits": (*ONE_STAGE, "ce>ce", "ce>lovasz", "ce>ce+lovasz"),
     "lakes": (*ONE_STAGE, "hinge", "ce>ce", "ce>lovasz", "ce>hinge"),
 }
-SEEDS, BUDGETS = (0, 1, 2, 3, 4), (2700, 900, 300)
+SEEDS, BUDGETS = (0, 1, 2, 3, 4), (300, 900, 2700)
 SEARCH_SEEDS, SEARCH_BUDGET = (1000, 1001, 1002), 600
 SECOND_STAGE = 0.25
 SETTINGS = {"size": 48, "scenes": [2400, 300, 600], "batch_size": 8}
@@ -58,7 +58,7 @@ SETTINGS = {"size": 48, "scenes": [2400, 300, 600], "batch_size": 8}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATES = {"one stage": (1e-3, 3e-3, 1e-2), "second stage": (3e-4, 1e-3, 3e-3)}
 QUICK = {
-    "BUDGETS": (30, 10),
+    "BUDGETS": (10, 30),
     "SEEDS": (0, 1),
     "SEARCH_BUDGET": 10,
     "SETTINGS": {"size": 48, "scenes": [64, 16, 16], "batch_size": 8},
@@ -283,11 +283,11 @@ def search_jobs(search: list[dict]) -> list[dict]:
 
 
 def comparison_jobs(done: list[dict], search: list[dict]) -> list[dict]:
-    """The runs that the comparison lacks, seed by seed."""
+    """The runs that the comparison lacks, the shortest first."""
     scores = scores_by_rate(search)
     finished = {(r["task"], r["arm"], r["budget"], r["seed"]) for r in done}
     jobs = []
-    for seed, task, budget in itertools.product(SEEDS, TASKS, BUDGETS):
+    for budget, seed, task in itertools.product(BUDGETS, SEEDS, TASKS):
         runs = []
         for arm in ARMS[task]:
             rates = [best_rate(scores[task, name]) for name in (["ce", arm] if ">" in arm else [arm])]

@@ -1,10 +1,8 @@
-"""What the runs of evidence.py say: tables and a figure from examples/results/runs.jsonl.
+"""What the runs of evidence.py say: tables and a figure from examples/results.
 
 ``python examples/evidence_table.py`` draws examples/results/evidence.png and renews the tables in examples/README.md.
 """
 
-import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,52 +10,48 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
+import evidence
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent
-RUNS, SWEEP, SWITCH = (ROOT / "results" / name for name in ("runs.jsonl", "sweep.jsonl", "switch.csv"))
+RUNS, SEARCH = ROOT / "results" / "runs.jsonl", ROOT / "results" / "search.jsonl"
 MARKS = ("<!-- made by evidence_table.py -->", "<!-- end -->")
 
 REFERENCE = "ce"
 NAMES = {
     "ce": "cross-entropy",
     "dice": "Dice",
-    "lovasz-batch": "Lovász",
-    "lovasz-present-batch": "Lovász",
-    "ce+lovasz": "cross-entropy + Lovász",
+    "jaccard": "soft Jaccard",
+    "lovasz": "Lovász-Softmax",
+    "hinge": "Lovász hinge",
+    "ce+jaccard": "cross-entropy + soft Jaccard",
+    "ce+lovasz": "cross-entropy + Lovász-Softmax",
     "ce>ce": "cross-entropy, then cross-entropy",
-    "ce>lovasz-image": "cross-entropy, then Lovász per image",
-    "ce>lovasz-batch": "cross-entropy, then Lovász",
-    "ce>lovasz-all-image": "cross-entropy, then Lovász, all classes, per image",
-    "ce>lovasz-all-batch": "cross-entropy, then Lovász, all classes",
-    "ce>lovasz-present-image": "cross-entropy, then Lovász per image",
-    "ce>lovasz-present-batch": "cross-entropy, then Lovász",
-    "ce>ce+lovasz": "cross-entropy, then cross-entropy + Lovász",
+    "ce>lovasz": "cross-entropy, then Lovász-Softmax",
+    "ce>ce+lovasz": "cross-entropy, then both",
+    "ce>hinge": "cross-entropy, then Lovász hinge",
 }
-SHORT = {"ce": "cross-entropy", "lovasz-batch": "Lovász"}
-# What the runs were made to compare, beside everything with cross-entropy alone.
-CONTRASTS = {
-    "looped digits": (
-        ("ce>lovasz-batch", "dice"),
-        ("ce>lovasz-batch", "ce>ce"),
-        ("ce>lovasz-batch", "lovasz-batch"),
-        ("ce>lovasz-batch", "ce>lovasz-image"),
-        ("ce>lovasz-batch", "ce>ce+lovasz"),
-    ),
-    "all digits": (
-        ("ce>lovasz-present-batch", "dice"),
-        ("ce>lovasz-present-batch", "ce>ce"),
-        ("ce>lovasz-present-batch", "lovasz-present-batch"),
-        ("lovasz-present-batch", "dice"),
-        ("ce>lovasz-present-batch", "ce>lovasz-present-image"),
-        ("ce>lovasz-present-batch", "ce>lovasz-all-batch"),
-        ("ce>lovasz-present-image", "ce>lovasz-all-image"),
-        ("ce>lovasz-present-batch", "ce>ce+lovasz"),
-    ),
+# Blue for Lovász, grey for the rivals; dashed for a mean with cross-entropy, dotted for two stages.
+STYLES = {
+    "ce": ("#000000", "-"),
+    "dice": ("#b0b0b0", "-"),
+    "jaccard": ("#707070", "-"),
+    "lovasz": ("#1f77b4", "-"),
+    "hinge": ("#d62728", "-"),
+    "ce+jaccard": ("#707070", "--"),
+    "ce+lovasz": ("#1f77b4", "--"),
+    "ce>ce": ("#000000", ":"),
+    "ce>lovasz": ("#1f77b4", ":"),
+    "ce>ce+lovasz": ("#2ca02c", ":"),
+    "ce>hinge": ("#d62728", ":"),
 }
-MEASURES = {"test at half": "threshold 0.5", "test at best": "best threshold"}
+# What is reported of each task: a title, and the name in the records.
+MEASURES = {
+    "digits": {"digits": "test at half"},
+    "lakes": {"lakes, at the best threshold": "test at best", "lakes, at probability 0.5": "test at half"},
+}
 
 
 @dataclass(frozen=True)
@@ -69,181 +63,128 @@ class Interval:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Interval":
-        """The interval of independent values, one from each seed."""
+        """The interval of independent values, one from each seed; of fewer than three it says nothing, and is nan."""
+        if len(values) < 3:
+            return cls(values.mean(), np.nan)
         error = values.std(ddof=1) / np.sqrt(len(values))
         return cls(values.mean(), stats.t.ppf(0.975, len(values) - 1) * error)
 
-
-def read(path: Path = RUNS) -> list[dict]:
-    """The records of a file, one a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def by_seed(records: list[dict], task: str, measure: str) -> dict[str, dict[int, float]]:
-    """For every arm of a task, what was measured on each of its seeds, in percent."""
-    found: dict[str, dict[int, float]] = {}
-    for record in records:
-        if record["task"] == task and measure in record:
-            found.setdefault(record["arm"], {})[record["seed"]] = 100 * record[measure]
-    return {arm: found[arm] for arm in NAMES if arm in found}
+    def __str__(self) -> str:
+        half = "" if np.isnan(self.half) else f" ± {self.half:.1f}"
+        return f"{self.mean:+.1f}{half}".replace("-", "\N{MINUS SIGN}")
 
 
-def average(of_arm: dict[int, float]) -> str:
-    """The mean over the seeds, for people."""
-    return f"{np.mean(list(of_arm.values())):.1f}"
+class Runs:
+    """The finished runs, and after each budget the seeds that all arms of a task have, so that all compare the same."""
+
+    def __init__(self, records: list[dict]) -> None:
+        self.records = records
+        self.found = {(r["task"], r["arm"], r["budget"], r["seed"]): r for r in records}
+        self.seeds = {
+            (task, budget): [
+                seed for seed in evidence.SEEDS if all((task, arm, budget, seed) in self.found for arm in arms)
+            ]
+            for task, arms in evidence.ARMS.items()
+            for budget in evidence.BUDGETS
+        }
+
+    def budgets(self, task: str) -> list[int]:
+        """Those that at least one seed has finished."""
+        return [budget for budget in sorted(evidence.BUDGETS) if self.seeds[task, budget]]
+
+    def iou(self, task: str, arm: str, budget: int, measure: str) -> np.ndarray:
+        """In percent, one for each seed."""
+        return np.array([100 * self.found[task, arm, budget, seed][measure] for seed in self.seeds[task, budget]])
+
+    def difference(self, task: str, arm: str, budget: int, measure: str) -> Interval:
+        """From cross-entropy on the same seeds, in percentage points."""
+        return Interval.of(self.iou(task, arm, budget, measure) - self.iou(task, REFERENCE, budget, measure))
 
 
-def paired(values: dict[str, dict[int, float]], arm: str, other: str) -> np.ndarray:
-    """The difference between two arms on each of the seeds that both have."""
-    seeds = sorted(set(values[arm]) & set(values[other]))
-    return np.array([values[arm][seed] - values[other][seed] for seed in seeds])
-
-
-def tasks(records: list[dict]) -> list[str]:
-    """The tasks of the records, in their order."""
-    return list(dict.fromkeys(record["task"] for record in records))
-
-
-def table(records: list[dict], task: str) -> list[list[str]]:
-    """A heading and a row for every arm: mean test IoU, and its difference from cross-entropy, paired by seed."""
-    columns = {m: values for m in MEASURES if (values := by_seed(records, task, m))}
-    heading = ["training", "seeds"]
-    for measure in columns:
-        at = f" at {MEASURES[measure]}" if len(columns) > 1 else ""
-        heading += [f"test IoU{at}", "against cross-entropy"]
-    lines = [heading]
-    for arm, of_arm in next(iter(columns.values())).items():
-        line = [NAMES[arm], str(len(of_arm))]
-        for values in columns.values():
-            line += [average(values[arm]), difference(values, arm, REFERENCE)]
+def table(runs: Runs, task: str, measure: str) -> list[list[str]]:
+    """A heading and a row for every arm: mean test IoU after each budget, and its difference from cross-entropy."""
+    budgets = runs.budgets(task)
+    lines = [["training", *(f"{budget:,} steps, {len(runs.seeds[task, budget])} seeds" for budget in budgets)]]
+    for arm in arms(task):
+        line = [NAMES[arm]]
+        for budget in budgets:
+            mean = f"{runs.iou(task, arm, budget, measure).mean():.1f}"
+            line.append(mean if arm == REFERENCE else f"{mean} ({runs.difference(task, arm, budget, measure)})")
         lines.append(line)
     return lines
 
 
-def difference(values: dict[str, dict[int, float]], arm: str, other: str) -> str:
-    """The paired difference for people; with an interval from three pairs on."""
-    if arm == other or arm not in values or other not in values:
-        return ""
-    differences = paired(values, arm, other)
-    if len(differences) < 3:
-        shown = f"{differences.mean():+.1f}" if len(differences) else ""
-    else:
-        interval = Interval.of(differences)
-        shown = f"{interval.mean:+.1f} ± {interval.half:.1f}"
-    return shown.replace("-", "\N{MINUS SIGN}")
+def arms(task: str) -> list[str]:
+    """The arms of a task in the order of the tables."""
+    return [arm for arm in NAMES if arm in evidence.ARMS[task]]
 
 
-def summary_table(records: list[dict]) -> list[list[str]]:
-    """A heading and a row for every way of training that all tasks share: mean test IoU and its paired difference."""
-    measure = next(iter(MEASURES))
-    of_task = {
-        task: {NAMES[arm]: (values, arm) for arm in values}
-        for task in tasks(records)
-        if (values := by_seed(records, task, measure))
+def titled_tables(runs: Runs) -> dict[str, list[list[str]]]:
+    """Every table of the comparison under its title."""
+    return {
+        title: table(runs, task, measure) for task, measures in MEASURES.items() for title, measure in measures.items()
     }
-    shared = [name for name in dict.fromkeys(NAMES.values()) if all(name in arms for arms in of_task.values())]
-    lines = [["training", *of_task]]
-    for name in shared:
-        line = [name]
-        for arms in of_task.values():
-            values, arm = arms[name]
-            against = difference(values, arm, REFERENCE)
-            line.append(average(values[arm]) + (f" ({against})" if against else ""))
-        lines.append(line)
-    return lines
 
 
-def contrast_table(records: list[dict]) -> list[list[str]]:
-    """A heading and a row for every comparison that the runs were made for."""
-    lines = [["task", "training", "against", *MEASURES.values()]]
-    for task in tasks(records):
-        columns = [by_seed(records, task, measure) for measure in MEASURES]
-        for arm, other in CONTRASTS[task]:
-            shown = [difference(values, arm, other) if values else "" for values in columns]
-            lines.append([task, NAMES[arm], NAMES[other], *shown])
-    return lines
-
-
-def rate_table(sweep: list[dict], runs: list[dict]) -> list[list[str]]:
-    """A heading and a row for every arm: the rates tried, with the validation IoU of each, and the one chosen."""
+def rate_table(search: list[dict]) -> list[list[str]]:
+    """A heading and a row for every arm: the rates tried, with the mean validation IoU of each; the best is chosen."""
+    scores = evidence.scores_by_rate(search)
     lines = [["task", "training", "validation IoU at each learning rate of its last stage", "chosen"]]
-    chosen = {(record["task"], record["arm"]): record["rates"][-1] for record in runs}
-    tried: dict[tuple[str, str], dict[float, float]] = {}
-    for record in sweep:
-        iou = record.get("validation at best", record["validation at half"])
-        tried.setdefault((record["task"], record["arm"]), {})[record["rates"][-1]] = 100 * iou
-    for task in tasks(runs):
-        for arm, name in NAMES.items():
-            if of_arm := tried.get((task, arm)):
-                shown = ", ".join(f"{rate:g}: {iou:.1f}" for rate, iou in sorted(of_arm.items()))
-                lines.append([task, name, shown, f"{chosen[task, arm]:g}"])
+    for task in evidence.TASKS:
+        for arm in arms(task):
+            of_arm = scores[task, arm]
+            shown = ", ".join(f"{rate:g}: {100 * iou:.1f}" for rate, iou in sorted(of_arm.items()))
+            lines.append([task, NAMES[arm], shown, f"{evidence.best_rate(of_arm):g}"])
     return lines
 
 
-def switch_table(records: list[dict]) -> list[list[str]]:
-    """A heading and a row for every beginning of a second stage that switch.py tried."""
-    steps = [name for name in records[0] if name.startswith("step ")]
-    lines = [["second stage", "learning rate", "rises from near 0", *steps]]
-    for record in records:
-        shown = [f"{100 * float(record[step]):.1f}" for step in steps]
-        lines.append([SHORT[record["loss"]], record["rate"], {"True": "yes", "False": "no"}[record["warm_up"]], *shown])
-    return lines
-
-
-def setting(records: list[dict]) -> str:
+def setting(runs: Runs) -> str:
     """What the numbers come from, in one sentence."""
-    versions, settings = records[-1]["versions"], records[-1]["settings"]
-    dates = sorted({record["date"] for record in records})
+    last = runs.records[-1]
+    dates = sorted({record["date"] for record in runs.records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"{len(records)} runs, {sum(settings['steps'])} steps of {settings['batch_size']} images each, "
-        f"{settings['scenes'][2]} test images; {when}, one core of {records[-1]['machine']}, PyTorch "
-        f"{versions['torch'].partition('+')[0]}, MONAI {versions['monai']}, Python {versions['python']}"
+        f"{len(runs.records)} runs; means over the seeds, and differences from cross-entropy, paired by seed, with "
+        f"95 % intervals from three seeds on; {when}, "
+        f"one core of {last['machine']} a run, PyTorch {last['versions']['torch'].partition('+')[0]}, "
+        f"MONAI {last['versions']['monai']}, Python {last['versions']['python']}"
     )
 
 
-def draw(records: list[dict], path: Path) -> None:
-    """Every arm's difference from cross-entropy alone, with its interval and the single seeds."""
-    panels = [(task, measure) for task in tasks(records) for measure in MEASURES if by_seed(records, task, measure)]
-    heights = [len(by_seed(records, *panel)) for panel in panels]
-    figure, axes = plt.subplots(
-        len(panels),
-        1,
-        figsize=(8, 0.34 * sum(heights) + 0.8 * len(panels)),
-        height_ratios=heights,
-        layout="constrained",
-    )
-    for axis, (task, measure) in zip(np.atleast_1d(axes), panels, strict=True):
-        values = by_seed(records, task, measure)
-        arms = [arm for arm in values if arm != REFERENCE and len(paired(values, arm, REFERENCE))]
-        for place, arm in enumerate(arms):
-            differences = paired(values, arm, REFERENCE)
-            colour = "#1f77b4" if "lovasz" in arm else "#7f7f7f"
-            axis.plot(differences, np.full(len(differences), place), ".", color=colour, alpha=0.35, markersize=6)
-            if len(differences) > 2:  # the interval of two is wider than the axis
-                interval = Interval.of(differences)
-                axis.errorbar(interval.mean, place, xerr=interval.half, fmt="o", color=colour, capsize=3)
-            else:
-                axis.plot(differences.mean(), place, "o", color=colour)
-        axis.axvline(0, color="#303030", linewidth=1, zorder=0)
-        axis.set(yticks=range(len(arms)), yticklabels=[NAMES[arm] for arm in arms], ylim=(len(arms) - 0.5, -0.5))
-        at = "" if task == "all digits" else f", {MEASURES[measure]}"
-        axis.set_title(
-            f"{task}{at}: cross-entropy alone has {average(values[REFERENCE])} %",
-            fontsize=10,
-            loc="left",
-        )
-        axis.grid(axis="x", color="#e8e8e8")
-        axis.set_axisbelow(True)
-    np.atleast_1d(axes)[-1].set_xlabel("test IoU minus that of cross-entropy alone, percentage points")
+def draw(runs: Runs, path: Path) -> None:
+    """For each task, the test IoU of every arm after each budget, and its difference from cross-entropy."""
+    figure, axes = plt.subplots(len(MEASURES), 2, figsize=(10, 8), layout="constrained")
+    for row, (task, measures) in zip(axes, MEASURES.items(), strict=True):
+        title, measure = next(iter(measures.items()))
+        budgets = np.array(runs.budgets(task))
+        for factor, arm in zip(np.geomspace(0.8, 1.25, len(arms(task))), arms(task), strict=True):
+            colour, line = STYLES[arm]
+            means = [runs.iou(task, arm, budget, measure).mean() for budget in budgets]
+            row[0].plot(budgets, means, line, color=colour, label=NAMES[arm], linewidth=1.6)
+            if arm != REFERENCE:
+                intervals = [runs.difference(task, arm, budget, measure) for budget in budgets]
+                means, halves = zip(*((interval.mean, interval.half) for interval in intervals), strict=True)
+                row[1].errorbar(
+                    budgets * factor, means, halves, fmt="o", color=colour, markersize=4, capsize=2, linewidth=1
+                )
+        row[0].set(title=f"{title}: test IoU, %")
+        row[0].legend(fontsize=8, frameon=False)
+        row[1].axhline(0, color="#303030", linewidth=1, zorder=0)
+        row[1].set(title="less that of cross-entropy, points, 95 % intervals")
+        for axis in row:
+            axis.set(xscale="log", xlabel="steps of training")
+            axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets], minor=False)
+            axis.set_xticks([], minor=True)
+            axis.grid(axis="y", color="#e8e8e8")
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def markdown(lines: list[list[str]]) -> str:
     """A table for a README."""
-    first = [index for index, cell in enumerate(lines[0]) if cell in ("task", "training", "against")]
-    rule = ["---" if index in first else "---:" for index in range(len(lines[0]))]
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
@@ -253,41 +194,40 @@ def rest(lines: list[list[str]], title: str) -> str:
     return "\n".join([f".. list-table:: {title}", "   :header-rows: 1", "", *(row.rstrip() for row in rows), ""])
 
 
-def readme_block(records: list[dict]) -> str:
+def readme_block(runs: Runs) -> str:
     """The part of the README between the marks."""
-    parts = [f"**{task}**\n\n{markdown(table(records, task))}" for task in tasks(records)]
-    return "\n\n".join([MARKS[0], *parts, markdown(contrast_table(records)), f"({setting(records)}.)", MARKS[1]])
+    parts = [f"**{title}**\n\n{markdown(lines)}" for title, lines in titled_tables(runs).items()]
+    return "\n\n".join([MARKS[0], *parts, f"({setting(runs)}.)", MARKS[1]])
+
+
+def read() -> Runs:
+    """The results in the repository."""
+    return Runs(evidence.read(RUNS))
 
 
 def write_docs(folder: Path) -> None:
     """Tables and figure for the documentation."""
-    records = read()
+    runs = read()
     folder.mkdir(parents=True, exist_ok=True)
-    tables = [rest(table(records, task), f"{task}: test IoU in percent") for task in tasks(records)]
-    (folder / "evidence.rst").write_text("\n".join(tables), encoding="utf-8")
-    contrasts = rest(contrast_table(records), "Paired differences of test IoU, percentage points")
-    (folder / "contrasts.rst").write_text(contrasts, encoding="utf-8")
-    summary = rest(summary_table(records), "Test IoU in percent, and its difference from cross-entropy alone")
-    (folder / "summary.rst").write_text(summary, encoding="utf-8")
-    rates = rest(rate_table(read(SWEEP), records), "Search of the learning rates, on a seed that is not compared")
-    (folder / "rates.rst").write_text(rates, encoding="utf-8")
-    with SWITCH.open(newline="", encoding="utf-8") as file:
-        switch = rest(
-            switch_table(list(csv.DictReader(file))), "Validation IoU after the first steps of a second stage"
-        )
-    (folder / "switch.rst").write_text(switch, encoding="utf-8")
-    (folder / "setting.rst").write_text(setting(records) + ".\n", encoding="utf-8")
-    draw(records, folder / "evidence.png")
+    tables = [rest(lines, f"Test IoU in percent: {title}") for title, lines in titled_tables(runs).items()]
+    rates = rest(rate_table(evidence.read(SEARCH)), "Search of the learning rates")
+    for name, text in (
+        ("evidence", "\n".join(tables)),
+        ("rates", rates),
+        ("setting", setting(runs) + ".\n"),
+    ):
+        (folder / f"{name}.rst").write_text(text, encoding="utf-8")
+    draw(runs, folder / "evidence.png")
 
 
 def main() -> None:
     """Renew the README and the figure."""
-    records = read()
+    runs = read()
     readme = ROOT / "README.md"
     before, _, rest_of_it = readme.read_text(encoding="utf-8").partition(MARKS[0])
     _, _, after = rest_of_it.partition(MARKS[1])
-    readme.write_text(before + readme_block(records) + after, encoding="utf-8")
-    draw(records, ROOT / "results" / "evidence.png")
+    readme.write_text(before + readme_block(runs) + after, encoding="utf-8")
+    draw(runs, ROOT / "results" / "evidence.png")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,37 @@
+import itertools
 import json
 
+import blue_marble
 import evidence
 import evidence_table
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import ndimage, stats
+
+ARM_IN_TASK = [(task, arm) for task, arms in evidence.ARMS.items() for arm in arms]
 
 
-def record(arm, seed, iou, task="looped digits", **more):
+def record(arm, seed, iou, task="lakes", **more):
     return {
         "task": task,
         "arm": arm,
         "seed": seed,
+        "budget": 300,
         "rates": [0.01],
         "validation at half": iou,
         "test at half": iou,
         "settings": evidence.SETTINGS,
         **more,
     }
+
+
+def whole(iou):
+    """Records of a whole comparison, with the IoU that a function of arm and seed gives."""
+    return [
+        record(arm, seed, iou(arm, seed), task, budget=budget) | {"test at best": iou(arm, seed)}
+        for (task, arm), seed, budget in itertools.product(ARM_IN_TASK, evidence.SEEDS, evidence.BUDGETS)
+    ]
 
 
 class TestInterval:
@@ -31,35 +44,35 @@ class TestInterval:
         for end in (low, high):
             assert stats.ttest_rel(one - end, other).pvalue == pytest.approx(0.05)
 
+
+class TestTable:
     def test_is_paired(self):
         """A difference that is the same in every seed has no spread, however much the seeds differ."""
-        runs = [record("ce", seed, 0.1 * seed) for seed in range(3)]
-        runs += [record("dice", seed, 0.1 * seed + 0.02) for seed in range(3)]
-        lines = evidence_table.table(runs, "looped digits")
-        assert lines[1:] == [["cross-entropy", "3", "10.0", ""], ["Dice", "3", "12.0", "+2.0 ± 0.0"]]
+        runs = evidence_table.Runs(whole(lambda arm, seed: 0.1 * seed + 0.02 * (arm == "dice")))
+        lines = evidence_table.table(runs, "lakes", "test at half")
+        assert lines[0] == ["training", *(f"{steps} steps, 5 seeds" for steps in ("300", "900", "2,700"))]
+        assert lines[1] == ["cross-entropy", *["20.0"] * 3]
+        assert lines[2] == ["Dice", *["22.0 (+2.0 ± 0.0)"] * 3]
+        assert len(lines) == 1 + len(evidence.ARMS["lakes"])
 
-    def test_compares_the_seeds_that_both_have(self):
-        runs = [record("ce", seed, 0.5 + seed) for seed in range(3)] + [
-            record("dice", seed, 0.6 + seed) for seed in (2, 0)
-        ]
-        values = evidence_table.by_seed(runs, "looped digits", "test at half")
-        assert evidence_table.paired(values, "dice", "ce").tolist() == pytest.approx([10, 10])
+    def test_counts_no_seed_of_which_a_run_is_missing(self):
+        records = whole(lambda arm, seed: 0.5 + 0.1 * seed)
+        missing = ("lakes", "hinge", 3, 900)
+        records = [r for r in records if (r["task"], r["arm"], r["seed"], r["budget"]) != missing]
+        runs = evidence_table.Runs(records)
+        assert runs.seeds["lakes", 900] == [0, 1, 2, 4]
+        assert runs.seeds["lakes", 300] == runs.seeds["digits", 900] == [0, 1, 2, 3, 4]
+        assert runs.iou("lakes", "dice", 900, "test at half") == pytest.approx([50, 60, 70, 90])
 
     def test_fewer_than_three_seeds_have_no_interval(self):
-        lines = evidence_table.table([record("ce", 0, 0.5), record("dice", 0, 0.48)], "looped digits")
-        assert lines[2][-1] == "\N{MINUS SIGN}2.0"
+        records = [r for r in whole(lambda arm, seed: 0.5 - 0.1 * (arm == "dice")) if r["seed"] < 2]
+        lines = evidence_table.table(evidence_table.Runs(records), "lakes", "test at half")
+        assert lines[2] == ["Dice", *["40.0 (\N{MINUS SIGN}10.0)"] * 3]
 
-
-class TestSummary:
-    def test_has_what_all_tasks_share(self):
-        runs = [record("ce", seed, 0.5) for seed in range(3)] + [record("lovasz-batch", 0, 0.52)]
-        runs += [record("ce", 0, 0.6, "all digits"), record("lovasz-present-batch", 0, 0.55, "all digits")]
-        runs += [record("ce>lovasz-all-batch", 0, 0.7, "all digits")]
-        assert evidence_table.summary_table(runs) == [
-            ["training", "looped digits", "all digits"],
-            ["cross-entropy", "50.0", "60.0"],
-            ["Lovász", "52.0 (+2.0)", "55.0 (\N{MINUS SIGN}5.0)"],
-        ]
+    def test_a_budget_that_no_seed_has_finished_is_left_out(self):
+        records = [r for r in whole(lambda arm, seed: 0.5) if r["budget"] < 900 or r["arm"] == "ce"]
+        runs = evidence_table.Runs(records)
+        assert [len(line) for line in evidence_table.table(runs, "digits", "test at half")] == [2] * 10
 
 
 class TestRates:
@@ -78,91 +91,175 @@ class TestRates:
         assert evidence.best_rate(tried) == evidence.RATES[best]
         assert set(evidence.RATES[max(0, best - 1) : best + 2]) <= set(tried)
 
+    def test_takes_the_mean_of_the_seeds_and_no_rate_that_lacks_one(self):
+        iou = {0.001: (0.1, 0.8, 0.3), 0.003: (0.5, 0.5, 0.5), 0.01: (0.9, 0.9)}
+        search = [
+            record("ce", seed, value, rates=[rate])
+            for rate, values in iou.items()
+            for seed, value in zip(evidence.SEARCH_SEEDS, values)
+        ]
+        scores = evidence.scores_by_rate(search)["lakes", "ce"]
+        assert scores == pytest.approx({0.001: 0.4, 0.003: 0.5})
+        assert evidence.best_rate(scores) == 0.003
+
     def test_nan_is_never_the_best(self):
-        sweep = [record("ce", 1000, iou, rates=[rate]) for rate, iou in ((0.01, float("nan")), (0.003, 0.0))]
-        assert evidence.best_rate(evidence.tried_rates(sweep)["looped digits", "ce"]) == 0.003
+        search = [
+            record("ce", seed, iou, rates=[rate])
+            for rate, iou in ((0.01, float("nan")), (0.003, 0.1))
+            for seed in evidence.SEARCH_SEEDS
+        ]
+        assert evidence.best_rate(evidence.scores_by_rate(search)["lakes", "ce"]) == 0.003
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
-    """The comparison with few seeds and tiny runs."""
-    monkeypatch.setattr(evidence, "SETTINGS", {"size": 32, "scenes": [8, 2, 2], "batch_size": 2, "steps": [2, 1]})
-    monkeypatch.setattr(evidence, "CHECKPOINTS", tmp_path)
-    evidence.scenes.cache_clear()
-    yield tmp_path / "runs.jsonl"
-    evidence.scenes.cache_clear()
+def tiny(monkeypatch):
+    """The comparison with tiny runs."""
+    monkeypatch.setattr(evidence, "SETTINGS", {"size": 48, "scenes": [8, 2, 2], "batch_size": 2})
+    monkeypatch.setattr(evidence, "BUDGETS", (4,))
+    evidence.task_data.cache_clear()
+    yield
+    evidence.task_data.cache_clear()
 
 
 class TestRuns:
-    def sweep(self):
-        return [
-            record(arm, evidence.SWEEP_SEED, 0.5, task, rates=[0.01])
-            for task, arms in evidence.ARMS.items()
-            for arm in arms
-        ]
+    search = [
+        record(arm, seed, 0.5, task, rates=[0.01])
+        for (task, arm), seed in itertools.product(ARM_IN_TASK, evidence.SEARCH_SEEDS)
+    ]
 
+    @pytest.mark.usefixtures("tiny")
     @pytest.mark.parametrize("task", evidence.TASKS)
-    def test_every_arm_runs_and_is_not_run_again(self, task, small):
-        jobs = [j for j in evidence.comparison_jobs([], self.sweep()) if j["task"] == task and j["seed"] == 0]
-        assert sum(evidence.run_job(job, small) for job in jobs) == len(evidence.ARMS[task])
-        done = evidence.read(small)
+    def test_every_arm_runs_and_is_not_run_again(self, task):
+        jobs = [j for j in evidence.comparison_jobs([], self.search) if j["task"] == task and j["seed"] == 0]
+        done = [run for job in jobs for run in evidence.run_job(job)]
         assert sorted(run["arm"] for run in done) == sorted(evidence.ARMS[task])
         assert all(0 <= value <= 1 for run in done for name, value in run.items() if name.endswith(("half", "best")))
-        left = evidence.comparison_jobs(done, self.sweep())
+        left = evidence.comparison_jobs(done, self.search)
         assert not [job for job in left if job["task"] == task and job["seed"] == 0]
-        assert len(left) == len(evidence.comparison_jobs([], self.sweep())) - len(jobs)
+        assert len(left) == len(evidence.comparison_jobs([], self.search)) - len(jobs)
 
-    def test_two_stages_share_the_first(self, small, monkeypatch):
-        losses = []
+    @pytest.mark.usefixtures("tiny")
+    def test_two_stages_share_the_first(self, monkeypatch):
+        trained = []
         original = evidence.train
-        monkeypatch.setattr(
-            evidence, "train", lambda *args, **options: losses.append(options["steps"]) or original(*args, **options)
-        )
-        runs = [(arm, [0.01, 0.001]) for arm in ("ce>ce", "ce>lovasz-batch")]
-        evidence.run_job({"task": "looped digits", "seed": 0, "runs": runs}, small)
-        assert losses == [2, 1, 1]
+        monkeypatch.setattr(evidence, "train", lambda *args: trained.append(args[2:5]) or original(*args))
+        runs = [(arm, [0.01, 0.001]) for arm in ("ce>ce", "ce>lovasz")]
+        evidence.run_job({"task": "lakes", "seed": 0, "budget": 4, "runs": runs})
+        assert trained == [("ce", 3, 0.01), ("ce", 1, 0.001), ("lovasz", 1, 0.001)]
 
-    def test_repeats_exactly(self, small):
+    @pytest.mark.usefixtures("tiny")
+    def test_repeats_exactly(self):
         """An interrupted run that starts again ends as it would have."""
-        for _ in range(2):
-            evidence.run_job({"task": "looped digits", "seed": 0, "runs": [("ce>lovasz-image", [0.01, 0.001])]}, small)
-            for path in small.parent.glob("*.pt"):
-                path.unlink()
-        one, two = evidence.read(small)
+        job = {"task": "lakes", "seed": 0, "budget": 4, "runs": [("ce>hinge", [0.01, 0.001])]}
+        one, two = (evidence.run_job(job)[0] for _ in range(2))
         assert one["threshold"] == two["threshold"]
         assert one["test at best"] == two["test at best"]
 
-    def test_results_of_other_settings_are_refused(self, small):
-        small.write_text(json.dumps(record("ce", 0, 0.5, settings={"size": 999})) + "\n")
+    def test_results_of_other_settings_are_refused(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        path.write_text(json.dumps(record("ce", 0, 0.5, settings={"size": 999})) + "\n")
         with pytest.raises(SystemExit, match="other settings"):
-            evidence.read(small)
+            evidence.read(path)
 
-    def test_dice(self):
-        """Of the batch as a whole: 1 - 2 |A n B| / (|A| + |B|) where the prediction is certain."""
-        loss = evidence.make_loss(evidence.TASKS["looped digits"], "dice")
-        labels = torch.tensor([[[1, 1, 0, 0]], [[0, 0, 0, 1]]])
-        predicted = torch.tensor([[[1, 0, 0, 0]], [[1, 1, 0, 1]]])
-        value = loss(200.0 * predicted[:, None] - 100, labels)
-        assert value.item() == pytest.approx(1 - 2 * 2 / (3 + 4), abs=1e-5)
+
+class TestLosses:
+    """Where the prediction is certain, each loss is what the sets of pixels say."""
+
+    labels = torch.tensor([[[1, 1, 0, 0, 255]], [[0, 0, 0, 1, 255]]])
+    predicted = torch.tensor([[[1, 0, 0, 0, 1]], [[1, 1, 0, 1, 0]]])
+
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("dice", 1 - 2 * 2 / (3 + 4)), ("jaccard", 1 - 2 / 5), ("lovasz", 1 - 2 / 5)]
+    )
+    def test_of_the_foreground(self, name, expected):
+        value = evidence.make_loss(name)(200.0 * self.predicted[:, None] - 100, self.labels)
+        assert value.item() == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("dice", 1 - (2 * 3 / (5 + 4) + 2 * 2 / (3 + 4)) / 2),
+            ("jaccard", 1 - (3 / 6 + 2 / 5) / 2),
+            ("lovasz", 1 - (3 / 6 + 2 / 5) / 2),
+        ],
+    )
+    def test_of_the_classes_present(self, name, expected):
+        """A third class occurs nowhere and does not count."""
+        logits = 100.0 * torch.nn.functional.one_hot(self.predicted, 3).movedim(-1, 1)
+        assert evidence.make_loss(name)(logits, self.labels).item() == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize(
+        ("name", "outputs"), [*itertools.product(("ce", "dice", "jaccard", "lovasz"), (1, 3)), ("hinge", 1)]
+    )
+    def test_ignored_pixels_alone_have_no_gradient(self, name, outputs):
+        logits = (0.1 * torch.randn(2, outputs, 1, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
+        (gradient,) = torch.autograd.grad(evidence.make_loss(name)(logits, self.labels), logits)
+        assert gradient.abs().sum((0, 1, 2))[:4].ne(0).all()
+        assert gradient[..., 4].eq(0).all()
+
+    def test_a_mixture_is_the_mean(self):
+        logits = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(0))
+        parts = [evidence.make_loss(name)(logits, self.labels) for name in ("ce", "lovasz")]
+        torch.testing.assert_close(evidence.make_loss("ce+lovasz")(logits, self.labels), sum(parts) / 2)
+
+
+class TestBlueMarble:
+    def test_no_test_pixel_is_near_a_training_pixel(self, monkeypatch):
+        """Tiles of a picture in which each pixel says where it is."""
+        _, labels = blue_marble.earth()
+        place = np.arange(labels.size, dtype=np.int64).reshape(labels.shape)
+        code = np.stack([place >> 16, place >> 8 & 255, place & 255], -1).astype(np.uint8)
+        monkeypatch.setattr(blue_marble, "earth", lambda: (code, labels))
+        seen = {}
+        for name, (images, _) in blue_marble.tiles(0, 48).items():
+            digits = (255 * images).round().long().movedim(1, -1) @ torch.tensor([65536, 256, 1])
+            seen[name] = np.zeros(labels.shape, bool)
+            seen[name].ravel()[digits.unique().numpy()] = True
+        for one, other in itertools.combinations(seen.values(), 2):
+            assert one.any()
+            assert ndimage.distance_transform_cdt(~one, "chessboard")[other].min() > 2 * blue_marble.MARGIN
+
+    def test_labels(self):
+        """Lake Victoria is lake, Kampala's hinterland is land, and the Atlantic is ignored."""
+        _, labels = blue_marble.earth()
+        found = [
+            labels[round((90 - lat) * 15), round((180 + lon) * 15)] for lat, lon in ((-1, 33), (1, 31.5), (0, -25))
+        ]
+        assert found == [1, 0, blue_marble.IGNORE]
+
+    def test_images_and_labels_turn_together(self):
+        """The sea, which is ignored, is blue in all eight orientations."""
+        images, labels = blue_marble.tiles(0, 48)["train"]
+        for orientation in range(8):
+            part = slice(orientation * len(images) // 8, (orientation + 1) * len(images) // 8)
+            red, _, blue = images[part].movedim(1, 0)
+            assert (blue - red)[labels[part] == 255].mean() > 0.2
+            assert (blue - red)[labels[part] == 0].mean() < 0
 
 
 class TestCommitted:
     """The results in the repository and what is made of them."""
 
     def test_runs_are_those_of_the_comparison_and_each_is_there_once(self):
-        found = [(run["task"], run["arm"], run["seed"]) for run in evidence.read(evidence_table.RUNS)]
-        expected = [
-            (task, arm, seed) for task in evidence.TASKS for arm in evidence.ARMS[task] for seed in evidence.SEEDS
-        ]
-        assert sorted(found) == sorted(expected)
-        assert len(evidence.SEEDS) >= 5
+        found = [(run["task"], run["arm"], run["budget"], run["seed"]) for run in evidence.read(evidence_table.RUNS)]
+        expected = {
+            (task, arm, budget, seed)
+            for (task, arm), budget, seed in itertools.product(ARM_IN_TASK, evidence.BUDGETS, evidence.SEEDS)
+        }
+        assert len(found) == len(set(found))
+        assert set(found) <= expected
+        runs = evidence_table.read()
+        for task in evidence.TASKS:
+            assert runs.budgets(task)
+            for budget in runs.budgets(task)[:2]:
+                assert len(runs.seeds[task, budget]) == len(evidence.SEEDS) >= 5
 
     def test_rates_are_those_of_the_search(self):
-        tried = evidence.tried_rates(evidence.read(evidence_table.SWEEP))
+        search = evidence.read(evidence_table.SEARCH)
+        assert evidence.search_jobs(search) == []
+        scores = evidence.scores_by_rate(search)
         for run in evidence.read(evidence_table.RUNS):
-            source = evidence.rate_from(run["task"], run["arm"])
-            assert run["rates"][-1] == evidence.best_rate(tried[run["task"], source])
-            assert set(evidence.next_rates(tried[run["task"], source], ())) == set()
+            assert run["rates"][-1] == evidence.best_rate(scores[run["task"], run["arm"]])
 
     def test_readme_is_up_to_date(self):
         readme = (evidence_table.ROOT / "README.md").read_text(encoding="utf-8")
