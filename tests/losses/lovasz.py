@@ -193,9 +193,8 @@ class LovaszTester(BaseTester):
     def form(self, request, monkeypatch):
         """Every test runs with each form, whatever the size of its inputs, and in small slabs."""
         torch.manual_seed(0)
-        with monkeypatch.context() as patch:
-            force_form(patch, request.param)
-            yield request.param
+        force_form(monkeypatch, request.param)
+        return request.param
 
 
 def with_forms(*forms):
