@@ -462,7 +462,7 @@ class TestLovaszGradients(LovaszTester):
 
 @both_losses
 class TestLovaszScale(LovaszTester):
-    @with_forms("usual", "dense")
+    @with_forms("usual")
     def test_more_pixels_than_float32_can_count(self, loss, device):
         """2**24 + 1 pixels of the background have the larger error, then as many of the foreground: both exact."""
         count = 2**24 + 1
