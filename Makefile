@@ -11,7 +11,7 @@ OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/nu
 
 help:
 	@echo "make demo        train a segmentation network on real handwriting in two stages, and find the best threshold"
-	@echo "make evidence    compare losses seed by seed, about an hour and a half; stop it and go on as you like"
+	@echo "make evidence    compare losses seed by seed, hours; stop it and go on as you like; ARGS=--quick for two minutes"
 	@echo "make bench       time, memory and accuracy beside Kornia 0.9.0 and cross-entropy"
 	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
 	@echo "make fuzz        the laws of the losses on many more inputs, drawn anew"

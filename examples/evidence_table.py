@@ -33,20 +33,8 @@ NAMES = {
     "ce>ce+lovasz": "cross-entropy, then both",
     "ce>hinge": "cross-entropy, then Lovász hinge",
 }
-# Blue for Lovász, grey for the rivals; dashed for a mean with cross-entropy, dotted for two stages.
-STYLES = {
-    "ce": ("#000000", "-"),
-    "dice": ("#b0b0b0", "-"),
-    "jaccard": ("#707070", "-"),
-    "lovasz": ("#1f77b4", "-"),
-    "hinge": ("#d62728", "-"),
-    "ce+jaccard": ("#707070", "--"),
-    "ce+lovasz": ("#1f77b4", "--"),
-    "ce>ce": ("#000000", ":"),
-    "ce>lovasz": ("#1f77b4", ":"),
-    "ce>ce+lovasz": ("#2ca02c", ":"),
-    "ce>hinge": ("#d62728", ":"),
-}
+# From the shortest training to the longest.
+COLOURS = ("#9ecae1", "#3182bd", "#08306b")
 # What is reported of each task: a title, and the name in the records.
 MEASURES = {
     "digits": {"digits": "test at half"},
@@ -104,7 +92,8 @@ class Runs:
 def table(runs: Runs, task: str, measure: str) -> list[list[str]]:
     """A heading and a row for every arm: mean test IoU after each budget, and its difference from cross-entropy."""
     budgets = runs.budgets(task)
-    lines = [["training", *(f"{budget:,} steps, {len(runs.seeds[task, budget])} seeds" for budget in budgets)]]
+    seeds = {budget: len(runs.seeds[task, budget]) for budget in budgets}
+    lines = [["training", *(f"{budget:,} steps, {n} seed{'s' * (n > 1)}" for budget, n in seeds.items())]]
     for arm in arms(task):
         line = [NAMES[arm]]
         for budget in budgets:
@@ -152,32 +141,35 @@ def setting(runs: Runs) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """For each task, the test IoU of every arm after each budget, and its difference from cross-entropy."""
-    figure, axes = plt.subplots(len(MEASURES), 2, figsize=(10, 8), layout="constrained")
-    for row, (task, measures) in zip(axes, MEASURES.items(), strict=True):
-        title, measure = next(iter(measures.items()))
-        budgets = np.array(runs.budgets(task))
-        for factor, arm in zip(np.geomspace(0.8, 1.25, len(arms(task))), arms(task), strict=True):
-            colour, line = STYLES[arm]
-            means = [runs.iou(task, arm, budget, measure).mean() for budget in budgets]
-            row[0].plot(budgets, means, line, color=colour, label=NAMES[arm], linewidth=1.6)
-            if arm != REFERENCE:
-                intervals = [runs.difference(task, arm, budget, measure) for budget in budgets]
-                means, halves = zip(*((interval.mean, interval.half) for interval in intervals), strict=True)
-                row[1].errorbar(
-                    budgets * factor, means, halves, fmt="o", color=colour, markersize=4, capsize=2, linewidth=1
-                )
-        row[0].set(title=f"{title}: test IoU, %")
-        row[0].legend(fontsize=8, frameon=False)
-        row[1].axhline(0, color="#303030", linewidth=1, zorder=0)
-        row[1].set(title="less that of cross-entropy, points, 95 % intervals")
-        for axis in row:
-            axis.set(xscale="log", xlabel="steps of training")
-            axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets], minor=False)
-            axis.set_xticks([], minor=True)
-            axis.grid(axis="y", color="#e8e8e8")
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right"]].set_visible(False)
+    """For each task and arm, the difference of its test IoU from that of cross-entropy after each budget."""
+    shown = {task: [arm for arm in arms(task) if arm != REFERENCE] for task in MEASURES}
+    figure, axes = plt.subplots(
+        len(shown), 1, figsize=(8, 8.5), height_ratios=[len(names) for names in shown.values()], layout="constrained"
+    )
+    for axis, (task, names) in zip(axes, shown.items(), strict=True):
+        title, measure = next(iter(MEASURES[task].items()))
+        budgets = runs.budgets(task)
+        for colour, budget, shift in zip(COLOURS, budgets, np.linspace(-0.2, 0.2, len(budgets))):
+            intervals = [runs.difference(task, arm, budget, measure) for arm in names]
+            means, halves = zip(*((interval.mean, interval.half) for interval in intervals), strict=True)
+            axis.errorbar(
+                means,
+                np.arange(len(names)) + shift,
+                xerr=halves,
+                fmt="o",
+                color=colour,
+                markersize=6,
+                capsize=3,
+                label=f"{budget:,} steps (cross-entropy {runs.iou(task, REFERENCE, budget, measure).mean():.1f} %)",
+            )
+        axis.axvline(0, color="#303030", linewidth=1, zorder=0)
+        axis.set(yticks=range(len(names)), yticklabels=[NAMES[arm] for arm in names], ylim=(len(names) - 0.5, -0.5))
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.legend(fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(budgets), frameon=False)
+        axis.grid(axis="x", color="#e8e8e8")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("test IoU less that of cross-entropy alone, percentage points, with 95 % intervals", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -264,3 +264,19 @@ class TestCommitted:
     def test_readme_is_up_to_date(self):
         readme = (evidence_table.ROOT / "README.md").read_text(encoding="utf-8")
         assert evidence_table.readme_block(evidence_table.read()) in readme
+
+    @pytest.mark.parametrize("page", ["README.md", "docs/source/verdict.rst"])
+    def test_front_pages_say_what_was_measured(self, page):
+        text = " ".join((evidence_table.ROOT.parent / page).read_text(encoding="utf-8").split())
+        runs = evidence_table.read()
+        for task, budget, measure in (
+            ("lakes", 900, "test at best"),
+            ("digits", 300, "test at half"),
+            ("digits", 900, "test at half"),
+        ):
+            assert str(runs.difference(task, "ce+lovasz", budget, measure)).removeprefix("+") in text
+            best = max(evidence_table.arms(task), key=lambda arm: runs.iou(task, arm, budget, measure).mean())
+            ahead = runs.iou(task, best, budget, measure) - runs.iou(task, "ce+lovasz", budget, measure)
+            assert (
+                best == "ce+lovasz" or evidence_table.Interval.of(ahead).mean < evidence_table.Interval.of(ahead).half
+            )
