@@ -160,11 +160,12 @@ def draw(runs: Runs, path: Path) -> None:
                 color=colour,
                 markersize=6,
                 capsize=3,
-                label=f"{budget:,} steps (cross-entropy {runs.iou(task, REFERENCE, budget, measure).mean():.1f} %)",
+                label=f"{budget:,} steps",
             )
         axis.axvline(0, color="#303030", linewidth=1, zorder=0)
         axis.set(yticks=range(len(names)), yticklabels=[NAMES[arm] for arm in names], ylim=(len(names) - 0.5, -0.5))
-        axis.set_title(title, loc="left", fontsize=11, pad=24)
+        means = ", ".join(f"{runs.iou(task, REFERENCE, budget, measure).mean():.1f}" for budget in budgets)
+        axis.set_title(f"{title}: cross-entropy alone has {means} %", loc="left", fontsize=11, pad=24)
         axis.legend(fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(budgets), frameon=False)
         axis.grid(axis="x", color="#e8e8e8")
         axis.set_axisbelow(True)
