@@ -216,7 +216,8 @@ class TestGroup(BaseTester):
     def test_lost_process(self, how):
         """The others raise, in the time that the group has been given at most."""
         with tempfile.TemporaryDirectory() as folder:
-            codes = run_processes(partial(lose_a_process, how), 3, folder)
-            assert codes == [0, 0, 1]
+            *others, lost = run_processes(partial(lose_a_process, how), 3, folder)
+            assert others == [0, 0]
+            assert lost != 0  # by its own status, or by a signal as the group is torn down around it
             for rank in range(2):
                 assert torch.load(Path(folder) / f"error{rank}.pt")
