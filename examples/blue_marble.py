@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from folder_data import IGNORE
 from PIL import Image
 from scipy import ndimage
 
 CLASS_NAMES = ("land", "lake")
-IGNORE = 255
 HEIGHT, WIDTH = 2700, 5400
 BLOCK, MARGIN = 112, 8
 # North of 80 degrees and south of 60 all is ice.

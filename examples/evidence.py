@@ -30,7 +30,7 @@ from folder_data import IGNORE
 from monai.networks.nets import BasicUNet
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from segment import Loss, Stage, Task, evaluate, predict
+from segment import Loss, Stage, Task, binary_cross_entropy, evaluate, predict
 from torch import nn
 
 from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
@@ -85,10 +85,9 @@ def build_network(task: Task, channels: int) -> nn.Module:
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Of one output or several; the mean of the pixels that have a label."""
-    if logits.shape[1] > 1:
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE)
-    valid = labels != IGNORE
-    return F.binary_cross_entropy_with_logits(logits[:, 0][valid], labels[valid].to(logits.dtype))
+    if logits.shape[1] == 1:
+        return binary_cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE)
 
 
 def overlap(logits: torch.Tensor, labels: torch.Tensor, *, jaccard: bool) -> torch.Tensor:

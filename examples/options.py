@@ -10,8 +10,8 @@ import torch
 SIZE_STEP = 16  # the network halves the image four times
 # The ranking of the batch of several processes goes by bins, which can be counted and added up.
 BINS = 1024
-# What evidence.py found best for cross-entropy. A second stage has something to lose: at a third of the rate its
-# validation IoU falls by a few points at most while the rate is highest.
+# What evidence.py found best for cross-entropy. A second stage has something to lose, so it
+# has a third of the rate.
 RATES = {"binary": 3e-3, "multiclass": 1e-2}
 SECOND_RATES = {"binary": 1e-3, "multiclass": 3e-3}
 

@@ -181,9 +181,9 @@ def read_text(root: Path, step: Step) -> str:
     return (root / "fork" / "upstream" / f"{step.name}.md").read_text(encoding="utf-8")
 
 
-def write_text(root: Path, step: Step, tested: str, out: Path) -> None:
-    """Write the text of the pull request of a step."""
-    body = Template(read_text(root, step)).substitute(tests=tested, **measured())
+def write_text(root: Path, step: Step, facts: dict[str, str], out: Path) -> None:
+    """Write the text of the pull request of a step, with what was measured and tested."""
+    body = Template(read_text(root, step)).substitute(facts)
     # In a pull request a line break is shown as one, so the lines of a paragraph or list item are joined.
     body = re.sub(r"(?<=[^\n|])\n *(?=[^\n #|-])", " ", body).strip()
     fragments = ", ".join(f"`{path}`" for path in step.sources if path.startswith("changelog.d/"))
@@ -282,12 +282,13 @@ def write_series(root: Path, out: Path, *, checkout: Path | None = None, test: b
         if checkout:
             add_docs(checkout, steps, base)
         patches = write_patches(root, steps, base, out)
+    numbers = measured()
     for step, patch, tested in zip(steps, patches, said):
         for edit in step.edits:
             if edit["file"].startswith("docs/") and not checkout:
                 lines = ", ".join(f"`{line}`" for line in edit["lines"])
                 tested += f"\n\nThe patch lacks {lines} in `{edit['file']}`: `make patch KORNIA=<checkout>` adds that."
-        write_text(root, step, tested, patch.with_suffix(".md"))
+        write_text(root, step, {"tests": tested, **numbers}, patch.with_suffix(".md"))
     return patches
 
 
