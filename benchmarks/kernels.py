@@ -7,23 +7,18 @@ bandwidth of a device, the bytes give a time below which these operations cannot
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any, NamedTuple
 
 import tables
 import torch
 from implementations import implementations
+from scenes import SHAPES, SMALL, Scene
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-SCENES = (
-    ("softmax", (2, 21, 512, 512)),
-    ("softmax", (2, 150, 256, 256)),
-    ("hinge", (4, 1, 512, 512)),
-    ("hinge", (1, 1, 2048, 2048)),
-    ("softmax", (2, 21, 32, 32)),
-    ("hinge", (2, 1, 32, 32)),
-)
+SCENES = [Scene(kind, shape, "early") for kind in SHAPES for shape in SHAPES[kind]] + SMALL
 NAMES = (tables.OURS, tables.BINNED, tables.RELEASE, tables.BASELINE)
 BANDWIDTH = 4.8e12  # bytes a second of an H200, by its data sheet
 
@@ -66,19 +61,17 @@ def table() -> str:
     """The table of the documentation, reStructuredText."""
     times = tables.read("cuda")["times"]
     lines = [["", *(tables.SHORT[name] for name in NAMES)]]
-    for kind, shape in SCENES:
+    for scene in SCENES:
         cells = []
-        label = f"{kind} {'x'.join(map(str, shape))}"
-        logits = torch.Size(shape).numel()
+        logits = math.prod(scene.shape)
         for name in NAMES:
-            of_step = cost(kind, shape, name)
+            of_step = cost(scene.kind, scene.shape, name)
             bound = 1e3 * of_step.bytes_moved / BANDWIDTH
-            seconds = next(row[name] for scene, row in times.items() if scene.startswith(label))
             cells.append(
                 f"{of_step.operations}; {of_step.bytes_moved / logits:.0f} B; "
-                f"{bound:.2g} of {1e3 * statistics.median(seconds):.2g} ms"
+                f"{bound:.2g} of {1e3 * statistics.median(times[str(scene)][name]):.2g} ms"
             )
-        lines.append([label, *cells])
+        lines.append([str(scene), *cells])
     return tables.list_table(
         "A step: operations; bytes for each logit; least time for these bytes, of the time measured", lines
     )

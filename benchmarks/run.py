@@ -38,7 +38,7 @@ from implementations import (
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from scenes import Scene, draw_scenes
+from scenes import SHAPES, SMALL, Scene, draw_scenes
 from tables import extremes, ratio
 from torch.utils.benchmark import Timer
 
@@ -46,11 +46,6 @@ from kornia.losses import lovasz_softmax_loss
 
 HERE = Path(__file__).resolve().parent
 ROUNDS, DRAWS = 5, 60
-SHAPES = {
-    "softmax": [(2, 21, 512, 512), (1, 19, 512, 1024), (2, 150, 256, 256)],
-    "hinge": [(4, 1, 512, 512), (1, 1, 2048, 2048)],
-}
-SMALL = [Scene("softmax", (2, 21, 32, 32), "early"), Scene("hinge", (2, 1, 32, 32), "early")]
 ERROR_SIDES = [64, 128, 256, 512, 1024, 2048, 4096]
 BATCH_WIDE = (8, 21, 512, 512)
 

@@ -39,6 +39,14 @@ class Scene(NamedTuple):
         return " ".join(words + ["channels-last"] * self.channels_last)
 
 
+# Those that are always measured.
+SHAPES = {
+    "softmax": [(2, 21, 512, 512), (1, 19, 512, 1024), (2, 150, 256, 256)],
+    "hinge": [(4, 1, 512, 512), (1, 1, 2048, 2048)],
+}
+SMALL = [Scene("softmax", (2, 21, 32, 32), "early"), Scene("hinge", (2, 1, 32, 32), "early")]
+
+
 def draw_scenes(seed: int, least: int = 1 << 16, most: int = 1 << 24) -> Iterator[Scene]:
     """Draw scenes of any shape that a network may have, with so many logits: nobody can tune to a list."""
     generator = random.Random(seed)
