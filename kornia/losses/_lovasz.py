@@ -42,7 +42,7 @@ def closed_form(background: Tensor, position: Tensor, union: Tensor, dtype: torc
     """
     # Of the union before this pixel, a foreground pixel keeps all and a background pixel the foreground not yet
     # passed, G - k: one expression in exact integers. Where that union is empty, this pixel makes the whole loss.
-    previous = (union - 1).clamp(min=1)
+    previous = union.clamp(min=2).sub_(1)
     return torch.addcmul(previous, background, position, value=-1).to(dtype).div_(previous).div_(union)
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 # With fewer logits, ranking all of them takes fewer and no slower steps.
 _MIN_FAST = 1 << 16
-# Errors sorted at a time off the CPU, unless one row is longer: the temporaries take some 40 bytes for each.
-_SLAB = 1 << 22
 
 
 def form_of(logits: Tensor, weight: Optional[Tensor], options: Options) -> str:
@@ -88,15 +86,8 @@ def _rank(
     if options.num_bins is not None:
         weights, sizes = rank_by_bins(rows(errors), rows(foreground), options.num_bins, options.group, kind)
     else:
-        keys, foreground = rows(errors if keys is None else keys), rows(foreground)
-        sizes = foreground.sum(1)
-        if is_eager(keys) and keys.numel() > _SLAB:
-            step = max(1, _SLAB // keys.shape[1])
-            weights = torch.empty_like(keys)
-            for some_weights, *some in zip(*(tensor.split(step) for tensor in (weights, keys, foreground))):
-                some_weights.copy_(rank_all(*some))
-        else:
-            weights = rank_all(keys, foreground)
+        foreground = rows(foreground)
+        weights, sizes = rank_all(rows(errors if keys is None else keys), foreground), foreground.sum(1)
     return weights.view(errors.transpose(0, axis).shape).transpose(0, axis), sizes.view(-1, num_classes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 import torch
@@ -161,7 +161,7 @@ def _oracle_of_group(loss, logits, labels, weight, classes):
     return sum(factors[c] * terms[c] for c in averaged) / len(averaged)
 
 
-def force_form(monkeypatch, form: str, slab: int = 100, digits: int = 4) -> None:
+def force_form(monkeypatch, form: str, slab: int = 100, digits: Optional[int] = None) -> None:
     """Have one form compute every loss that it can, a slab at a time.
 
     Args:
@@ -169,7 +169,8 @@ def force_form(monkeypatch, form: str, slab: int = 100, digits: int = 4) -> None
         form: "traced", "dense" or "fast". What has to be traced is, and bins have no fast form. With "usual", nothing
             is changed.
         slab: how many errors are ranked at a time.
-        digits: from how many errors on they are sorted by digits.
+        digits: from how many errors on they are sorted by digits, on the CPU; None: from 4 in the fast form, and never
+            in the dense one, as on CUDA.
     """
     if form == "usual":
         return
@@ -182,9 +183,10 @@ def force_form(monkeypatch, form: str, slab: int = 100, digits: int = 4) -> None
         return "dense" if form == "fast" and not has_fast else form
 
     monkeypatch.setattr("kornia.losses._lovasz_dispatch.form_of", form_of)
-    monkeypatch.setattr("kornia.losses._lovasz_dispatch._SLAB", slab)
+    monkeypatch.setattr("kornia.losses._lovasz_rank._SLAB", slab)
     monkeypatch.setattr("kornia.losses._lovasz_fast._SLAB", slab)
     monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: slab)
+    digits = digits or (4 if form == "fast" else 1 << 40)
     monkeypatch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", digits)
 
 
