@@ -45,12 +45,8 @@ def _hinge_rows(
     margins = gradient.copy_(foreground).mul_(-2.0).add_(1.0).mul_(logits)
     if valid is not None:
         margins.masked_fill_(~valid, float("-inf"))
-    totals = foreground.sum(1)
-    floors = margins.new_full((len(margins),), -1.0).nextafter(margins.new_tensor(torch.inf))
-    if not totals.all():
-        floors = torch.where(totals == 0, floors.maximum(margins.amax(1)), floors)
-
-    weights = rank_candidates(margins, foreground, floors, totals).div_(divisor)
+    candidates = (margins <= -1.0).logical_not_()  # a nan must not be dropped
+    weights = rank_candidates(margins, foreground, candidates, foreground.sum(1)).div_(divisor)
     errors = margins.add_(1.0).relu_()
     if errors.max() == torch.inf:
         errors = counted(errors, weights)
@@ -86,11 +82,14 @@ def softmax(
     present = ((factors != 0) & (totals > 0)).nonzero().squeeze(1)
     for chosen in present.chunk(_slabs(len(present) * length)):
         rows = (chosen.unsqueeze(1) + images).flatten()
-        some = by_row.index_select(0, rows), foreground_by_row.index_select(0, rows)
-        weights = rank_candidates(*(x.view(-1, length) for x in some), floors[chosen], totals[chosen])
-        weights = weights.mul_(factors[chosen].unsqueeze(1)).view(-1, count)
-        lift.index_add_(0, rows // num_classes, weights * some[1])
-        parts_of_rows.append((rows, weights.mul_(some[0])))
+        some, some_foreground = by_row.index_select(0, rows), foreground_by_row.index_select(0, rows)
+        some, foreground_of_groups = some.view(-1, length), some_foreground.view(-1, length)
+        candidates = (some < floors[chosen].unsqueeze(1)).logical_not_()  # a nan must not be dropped
+        weights = rank_candidates(some, foreground_of_groups, candidates, totals[chosen])
+        weights.mul_(factors[chosen].unsqueeze(1))
+        lift.index_add_(0, rows // num_classes, (weights * foreground_of_groups).view(-1, count))
+        weights = weights.mul_(some).view(-1, count)
+        parts_of_rows.append((rows, weights))
         share.index_add_(0, rows // num_classes, weights)
 
     absent = ((factors != 0) & (totals == 0)).nonzero().squeeze(1)

@@ -41,33 +41,32 @@ def rank_all(errors: Tensor, foreground: Tensor) -> Tensor:
     return errors.scatter(1, order, closed_form(background, position, union, errors.dtype))
 
 
-def rank_candidates(errors: Tensor, foreground: Tensor, floors: Tensor, totals: Tensor) -> Tensor:
-    """Weights of the *candidates* in rows of errors ``(R, N)``, and 0 elsewhere, in eager code on the CPU.
+def rank_candidates(errors: Tensor, foreground: Tensor, candidates: Tensor, totals: Tensor) -> Tensor:
+    """Weights of the candidates in rows of errors ``(R, N)``, and 0 elsewhere, in eager code on the CPU.
 
     The candidates of all rows are sorted as one vector of integers.
 
     Args:
         errors: contiguous, float32 or float64, or anything that ascends with them.
         foreground: bool ``(R, N)``, contiguous.
-        floors: the least error of a candidate in each row ``(R,)``. Whatever is below must rank below.
+        candidates: bool ``(R, N)``, contiguous. The others must rank below those of their row.
         totals: foreground size of each row, candidates or not, int64 ``(R,)``.
     """
     rows, length = errors.shape
-    within = (errors < floors.unsqueeze(1)).logical_not_()  # a nan must not be dropped
-    errors, foreground, chosen = errors.view(-1), foreground.view(-1), within.view(-1)
+    errors, foreground, chosen = errors.view(-1), foreground.view(-1), candidates.view(-1)
     count = int(chosen.count_nonzero())
     if count == 0:
-        return torch.zeros_like(within, dtype=errors.dtype)
+        return torch.zeros_like(candidates, dtype=errors.dtype)
     if count > len(errors) // 2:
         # To gather most of the errors would cost more than it spares: all are ranked.
         lengths = torch.full((rows,), length, device="cpu")
-        return _rank_segments(errors, foreground, lengths, totals).mul_(chosen).view_as(within)
+        return _rank_segments(errors, foreground, lengths, totals).mul_(chosen).view_as(candidates)
     places = chosen.nonzero().squeeze(1)
     ends = torch.arange(length, len(errors) + 1, length, device="cpu")
     lengths = torch.searchsorted(places, ends).diff(prepend=ends.new_zeros(1))
     errors_there, foreground_there = errors.index_select(0, places), foreground.index_select(0, places)
     weights = _rank_segments(errors_there, foreground_there, lengths, totals)
-    return torch.zeros_like(errors).scatter_(0, places, weights).view_as(within)
+    return torch.zeros_like(errors).scatter_(0, places, weights).view_as(candidates)
 
 
 def _rank_segments(errors: Tensor, foreground: Tensor, lengths: Tensor, totals: Tensor) -> Tensor:
