@@ -17,14 +17,13 @@ from torch import Tensor
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
 from kornia.losses._eager import is_eager
 from kornia.losses._labels import binary_labels, check_pair
-from kornia.losses._lovasz_rank import _descending_order
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _NUM_CELLS = 1 << 16
 # With fewer pixels it is faster to look at all of them.
-_MIN_CELLS = 1 << 17
+_MIN_CELLS = 1 << 16
 # Pixels handled at a time: fresh memory for the temporaries of a whole batch would cost more than the counting.
 _PIECE = 1 << 18
 
@@ -147,8 +146,8 @@ def _optimal_interval(logits: Tensor, foreground: Tensor) -> tuple[float, float,
         logits, foreground, skipped = _candidates(logits, foreground)
     # No threshold is below -inf.
     logits, foreground = logits[logits > float("-inf")], foreground[logits > float("-inf")]
-    order = _descending_order(logits.unsqueeze(0)).squeeze(0)
-    descending, foreground = logits[order], foreground[order]
+    descending, order = logits.sort(descending=True)
+    foreground = foreground[order]
     # Equal logits are predicted together: after the last of them.
     last = torch.cat([descending[1:] != descending[:-1], torch.ones_like(foreground[:1])])
     levels = descending[last]
