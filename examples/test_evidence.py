@@ -271,8 +271,10 @@ class TestCommitted:
         runs = evidence_table.read()
         for task, budget, measure in (
             ("lakes", 900, "test at best"),
+            ("lakes", 2700, "test at best"),
             ("digits", 300, "test at half"),
             ("digits", 900, "test at half"),
+            ("digits", 2700, "test at half"),
         ):
             assert str(runs.difference(task, "ce+lovasz", budget, measure)).removeprefix("+") in text
             best = max(evidence_table.arms(task), key=lambda arm: runs.iou(task, arm, budget, measure).mean())
