@@ -33,7 +33,7 @@ evidence: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py $(ARGS)
-	$(BIN)/python benchmarks/threshold.py $(ARGS)
+	$(BIN)/python benchmarks/threshold.py
 
 test: lint types pytest doctest bench-smoke docs
 

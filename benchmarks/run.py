@@ -325,11 +325,12 @@ def main() -> None:
             losses = implementations(scene.kind)
             results["times"][str(scene)] = measure_times(scene, losses, args.device, rounds)
         for name, chosen in [("idle", drawn), ("one thread", few), ("busy", few)][: 1 if on_cuda else None]:
+            times = results["grid"][name] = {str(scene): {loss: [] for loss in rivals(scene)} for scene in chosen}
             with circumstances(name):
-                results["grid"][name] = {
-                    str(scene): measure_times(scene, rivals(scene), args.device, max(1, rounds // 2 + 1))
-                    for scene in each(f"drawn, {name}", chosen)
-                }
+                # Pass by pass: what slows the machine for a minute then slows one round of a scene, not all of them.
+                for scene in each(f"drawn, {name}", chosen * rounds):
+                    for loss, seconds in measure_times(scene, rivals(scene), args.device, 1).items():
+                        times[str(scene)][loss] += seconds
         for scene in each("compiled", to_compile):
             results["compiled"][str(scene)] = measure_times(scene, compiled(scene), args.device, rounds)
         for scene in each("memory", scenes):
