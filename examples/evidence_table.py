@@ -34,7 +34,7 @@ NAMES = {
     "ce>hinge": "cross-entropy, then Lovász hinge",
 }
 # From the shortest training to the longest.
-COLOURS = ("#9ecae1", "#3182bd", "#08306b")
+COLOURS = ("#9ecae1", "#3182bd", "#08306b", "#d94801")
 # What is reported of each task: a title, and the name in the records.
 MEASURES = {
     "digits": {"digits": "test at half"},
@@ -63,16 +63,18 @@ class Interval:
 
 
 class Runs:
-    """The finished runs, and after each budget the seeds that all arms of a task have, so that all compare the same."""
+    """The finished runs, and after each budget the seeds that all its arms have, so that all compare the same."""
 
     def __init__(self, records: list[dict]) -> None:
         self.records = records
         self.found = {(r["task"], r["arm"], r["budget"], r["seed"]): r for r in records}
         self.seeds = {
             (task, budget): [
-                seed for seed in evidence.SEEDS if all((task, arm, budget, seed) in self.found for arm in arms)
+                seed
+                for seed in evidence.SEEDS
+                if all((task, arm, budget, seed) in self.found for arm in evidence.arms_at(task, budget))
             ]
-            for task, arms in evidence.ARMS.items()
+            for task in evidence.TASKS
             for budget in evidence.BUDGETS
         }
 
@@ -97,6 +99,9 @@ def table(runs: Runs, task: str, measure: str) -> list[list[str]]:
     for arm in arms(task):
         line = [NAMES[arm]]
         for budget in budgets:
+            if arm not in evidence.arms_at(task, budget):
+                line.append("")
+                continue
             mean = f"{runs.iou(task, arm, budget, measure).mean():.1f}"
             line.append(mean if arm == REFERENCE else f"{mean} ({runs.difference(task, arm, budget, measure)})")
         lines.append(line)
@@ -149,13 +154,13 @@ def draw(runs: Runs, path: Path) -> None:
     for axis, (task, names) in zip(axes, shown.items(), strict=True):
         title, measure = next(iter(MEASURES[task].items()))
         budgets = runs.budgets(task)
-        for colour, budget, shift in zip(COLOURS, budgets, np.linspace(-0.2, 0.2, len(budgets))):
-            intervals = [runs.difference(task, arm, budget, measure) for arm in names]
-            means, halves = zip(*((interval.mean, interval.half) for interval in intervals), strict=True)
+        for colour, budget, shift in zip(COLOURS, budgets, np.linspace(-0.25, 0.25, len(budgets))):
+            trained = [arm for arm in names if arm in evidence.arms_at(task, budget)]
+            intervals = [runs.difference(task, arm, budget, measure) for arm in trained]
             axis.errorbar(
-                means,
-                np.arange(len(names)) + shift,
-                xerr=halves,
+                [interval.mean for interval in intervals],
+                [names.index(arm) + shift for arm in trained],
+                xerr=[interval.half for interval in intervals],
                 fmt="o",
                 color=colour,
                 markersize=6,
