@@ -33,7 +33,7 @@ NAMES = {
     "ce>ce+lovasz": "cross-entropy, then both",
     "ce>hinge": "cross-entropy, then Lovász hinge",
 }
-# From the shortest training to the longest.
+# From the shortest training to the longest, which has fewer arms.
 COLOURS = ("#9ecae1", "#3182bd", "#08306b", "#d94801")
 # What is reported of each task: a title, and the name in the records.
 MEASURES = {
@@ -170,7 +170,7 @@ def draw(runs: Runs, path: Path) -> None:
         axis.axvline(0, color="#303030", linewidth=1, zorder=0)
         axis.set(yticks=range(len(names)), yticklabels=[NAMES[arm] for arm in names], ylim=(len(names) - 0.5, -0.5))
         means = ", ".join(f"{runs.iou(task, REFERENCE, budget, measure).mean():.1f}" for budget in budgets)
-        axis.set_title(f"{title}: cross-entropy alone has {means} %", loc="left", fontsize=11, pad=24)
+        axis.set_title(f"{title}: cross-entropy alone has {means} %", loc="right", fontsize=11, pad=24)
         axis.legend(fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(budgets), frameon=False)
         axis.grid(axis="x", color="#e8e8e8")
         axis.set_axisbelow(True)
