@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import inspect
 import random
 from fractions import Fraction
 
@@ -137,6 +138,11 @@ def exception_cases(function):
         function(pred, torch.full_like(target, 156, dtype=torch.uint8))
     with pytest.raises((AttributeError, TypeError)):
         function(pred.tolist(), target)
+
+
+@pytest.mark.parametrize("function", [iou_at_thresholds, best_iou_threshold, IoUThresholdSearch])
+def test_minus_100_is_ignored_unless_asked_otherwise(function):
+    assert inspect.signature(function).parameters["ignore_index"].default == -100
 
 
 @in_every_form
