@@ -94,9 +94,8 @@ def softmax(
 
     absent = ((factors != 0) & (totals == 0)).nonzero().squeeze(1)
     if absent.shape[0] > 0:
-        row, column, largest = _largest_errors(
-            by_row.view(batch * num_classes, -1, width), absent.unsqueeze(1) + images
-        )
+        lines = by_row.view(batch * num_classes, -1, width)
+        row, column, largest = _largest_errors(lines, absent.unsqueeze(1) + images)
         largest *= factors[absent]
         share.index_put_((row // num_classes, column), largest, accumulate=True)
 
