@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import math
 import pickle
 import threading
@@ -18,6 +19,7 @@ from lovasz import (
     INF,
     NAN,
     RTOL,
+    SOFTMAX,
     LovaszTester,
     both_losses,
     both_losses_with_options,
@@ -91,12 +93,12 @@ class TestLovaszChecks(LovaszTester):
             ({"reduction": None}, r"reduction must be 'mean', 'sum' or 'none'\. Got: None"),
             *(
                 ({"num_bins": bins}, r"num_bins must be None or an integer in \[1, 65536\]")
-                for bins in (0, -3, 1.5, "64", True, 1 << 17)
+                for bins in (0, -3, 1.5, "64", True, 65537)
             ),
             *(({"per_image": value}, "per_image must be True or False") for value in (None, "False", 1)),
             *(
                 ({"ignore_index": value}, "ignore_index must be None or a 64-bit integer")
-                for value in ("255", 0.5, NAN, 2**70, True)
+                for value in ("255", 0.5, NAN, 2**63, -(2**63) - 1, True)
             ),
             ({"group": "world"}, "group must be None or a torch.distributed process group"),
         ],
@@ -108,6 +110,19 @@ class TestLovaszChecks(LovaszTester):
             loss(*make_inputs(loss, "cpu", torch.float32), **options)
         with pytest.raises(ValueError, match=message):
             loss.module(**options)
+
+    @pytest.mark.parametrize("options", [{"num_bins": 1}, {"num_bins": 65536}, {"ignore_index": -(2**63)}], ids=str)
+    def test_options_at_their_limit(self, loss, options):
+        assert loss(*make_inputs(loss, "cpu", torch.float32), **options).isfinite()
+
+    def test_signature(self, loss):
+        """The options and what they are if not given, of the function and of the module."""
+        expected = {"ignore_index": -100, "per_image": True, "reduction": "mean", "num_bins": None, "group": None}
+        if loss is SOFTMAX:
+            expected["classes"] = "all"
+        for function in (loss.function, loss.module):
+            parameters = inspect.signature(function).parameters.values()
+            assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == expected
 
     def test_exception_layout(self, loss, device):
         """Whoever has points or volumes is told how to pass them."""

@@ -28,6 +28,17 @@ class TestLovaszSoftmaxLoss(LovaszTester):
                 lovasz_softmax_loss(pred, target, torch.ones(shape, device=device))
         with pytest.raises(BaseError, match="weight and pred must be in the same device"):
             lovasz_softmax_loss(pred, target, torch.ones(4, device="meta"))
+        for weight in (torch.ones(4, device=device).to_sparse(), torch.ones(4, device=device, dtype=torch.complex64)):
+            with pytest.raises(BaseError, match="weight must be a dense tensor of real numbers: got"):
+                lovasz_softmax_loss(pred, target, weight)
+
+    def test_exception_soft_labels(self):
+        pred, target = make_inputs(SOFTMAX, "cpu", torch.float32)
+        target = target.float()
+        assert lovasz_softmax_loss(pred, target) == lovasz_softmax_loss(pred, target.long())
+        target[0, 0, 0] = 0.5
+        with pytest.raises(ValueError, match=r"target must hold class labels, whole numbers.*Got: \[0.5\]"):
+            lovasz_softmax_loss(pred, target)
 
     @pytest.mark.parametrize(
         ("classes", "message"),
