@@ -157,9 +157,8 @@ def _check_agreement(settings: tuple, device: torch.device, group: ProcessGroup)
 
 def _ranges_of_group(smallest: Tensor, largest: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """The same over the processes of a group, and whether the largest is in this process, bool ``(R,)``."""
-    # The order of positive numbers is the order of their bits. Of equal ones, the process of the lowest rank wins.
-    others = torch.distributed.get_world_size(group) - torch.distributed.get_rank(group)
-    own = (largest.view(torch.int32).to(torch.int64) << 32) + others
+    # The order of positive numbers is the order of their bits. Of equal ones, the process of the highest rank wins.
+    own = (largest.view(torch.int32).to(torch.int64) << 32) + torch.distributed.get_rank(group)
     ends = torch.stack([own, -smallest.view(torch.int32).to(torch.int64)])
     torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=group)
     smallest, largest = (end.to(torch.int32).view(torch.float32) for end in (-ends[1], ends[0] >> 32))

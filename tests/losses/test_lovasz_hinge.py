@@ -141,6 +141,8 @@ class TestLovaszHingeLoss(LovaszTester):
         # labels that require a gradient may move away from 0 a little, as in a check of the gradient of all inputs
         pred, target = make_inputs(HINGE, device, torch.float64)
         self.gradcheck(lovasz_hinge_loss, (pred, target.new_zeros(target.shape).double()))
+        learnt = lovasz_hinge_loss(pred, target.double().requires_grad_())
+        assert learnt == lovasz_hinge_loss(pred, target)
         with pytest.raises(ValueError, match="0 for the background and 1 for the foreground"):
             lovasz_hinge_loss(pred, target.double() / 2)
 
