@@ -93,12 +93,12 @@ class TestLovaszChecks(LovaszTester):
             ({"reduction": None}, r"reduction must be 'mean', 'sum' or 'none'\. Got: None"),
             *(
                 ({"num_bins": bins}, r"num_bins must be None or an integer in \[1, 65536\]")
-                for bins in (0, -3, 1.5, "64", True, 65537)
+                for bins in (0, -3, 1.5, "64", True, 65537, 1 << 17)
             ),
             *(({"per_image": value}, "per_image must be True or False") for value in (None, "False", 1)),
             *(
                 ({"ignore_index": value}, "ignore_index must be None or a 64-bit integer")
-                for value in ("255", 0.5, NAN, 2**63, -(2**63) - 1, True)
+                for value in ("255", 0.5, NAN, 2**63, -(2**63) - 1, 2**70, True)
             ),
             ({"group": "world"}, "group must be None or a torch.distributed process group"),
         ],

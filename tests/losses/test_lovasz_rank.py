@@ -11,7 +11,7 @@ from kornia.losses._lovasz_rank import rank_all, rank_candidates
 
 def weights_of(errors, foreground):
     """Weights of one row by the closed form, a pixel at a time, the first of equal errors first."""
-    total, missed, alarms = int(foreground.sum()), 0, 0
+    total, missed, alarms = sum(foreground), 0, 0
     places = sorted(range(len(errors)), key=lambda place: -errors[place])
     weights = [0.0] * len(errors)
     for place in places:
@@ -25,7 +25,7 @@ def weights_of(errors, foreground):
 
 def expected_weights(errors, foreground):
     rows = zip(errors.tolist(), foreground.tolist())
-    return torch.tensor([weights_of(row, torch.tensor(labels)) for row, labels in rows], dtype=errors.dtype)
+    return torch.tensor([weights_of(*row) for row in rows], dtype=errors.dtype)
 
 
 # Of numbers of every magnitude, the bits leave no room for the number of a row; of those close together, they do.

@@ -169,7 +169,7 @@ class TestLovaszSoftmaxLoss(LovaszTester):
         assert torch.isfinite(pred.grad).all()
         assert (pred.grad[:, 3] == 0).all()
 
-    @pytest.mark.parametrize("margin", [5.0, 20.0, 80.0])
+    @pytest.mark.parametrize("margin", [5.0, 20.0, 60.0, 80.0])
     def test_feature_tiny_loss(self, device, margin):
         # All right by a margin: 1 - p rounds to 0 in float32, the loss and its gradient must not.
         pred, target = make_inputs(SOFTMAX, device, torch.float32, labels=4)
