@@ -47,8 +47,8 @@ def closed_form(background: Tensor, position: Tensor, union: Tensor, dtype: torc
 
 
 def counted(errors: Tensor, weights: Tensor) -> Tensor:
-    """Errors, and 0 for an infinite one of weight 0: their product would be nan."""
-    return errors.masked_fill((weights == 0) & (errors == torch.inf), 0.0)
+    """Errors, and 0 where the weight is 0: its product with an infinite error would be nan."""
+    return torch.where(weights == 0, 0.0, errors)
 
 
 def hinge(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int, rank: Rank) -> tuple[Tensor, Tensor]:
@@ -65,14 +65,15 @@ def hinge(logits: Tensor, labels: Tensor, valid: Optional[Tensor], divisor: int,
         the part of each image in the loss of its group ``(B,)``, and the gradient of their sum ``(B, 1, N)``.
     """
     foreground = labels == 1
+    signs = torch.where(foreground, -1.0, 1.0).to(logits.dtype)
     # The error is 1 + margin. Ranking the margins spares it the rounding of the sum.
-    margins = torch.where(foreground, -logits, logits)
+    margins = signs * logits
     if valid is not None:
         margins = margins.masked_fill(~valid, float("-inf"))
     errors = (1.0 + margins).relu()
-    weights = rank(errors.detach(), foreground, margins.detach())[0] / divisor
+    weights = rank(errors.detach(), foreground, margins.detach())[0].div_(divisor)
     losses = (counted(errors, weights) * weights).sum((1, 2))
-    return losses, torch.where(foreground, -weights, weights).masked_fill_(errors.detach() <= 0, 0.0)
+    return losses, torch.where(errors.detach() <= 0, 0.0, signs * weights)
 
 
 def softmax(

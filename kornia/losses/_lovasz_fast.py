@@ -41,11 +41,11 @@ def _hinge_rows(
     logits: Tensor, labels: Tensor, gradient: Tensor, valid: Optional[Tensor] = None, *, divisor: int
 ) -> Tensor:
     """Losses of rows of pixels ``(R, N)``, one for each group; their gradient overwrites a tensor."""
-    foreground = labels == 1
+    foreground = labels.to(torch.uint8)
     margins = gradient.copy_(foreground).mul_(-2.0).add_(1.0).mul_(logits)
     if valid is not None:
         margins.masked_fill_(~valid, float("-inf"))
-    candidates = (margins <= -1.0).logical_not_()  # a nan must not be dropped
+    candidates = margins.add(1.0).relu_().to(torch.bool)  # True for nan, too
     weights = rank_candidates(margins, foreground, candidates, foreground.sum(1)).div_(divisor)
     errors = margins.add_(1.0).relu_()
     if errors.max() == torch.inf:
@@ -120,13 +120,13 @@ def _softmax_errors(
     """
     num_classes = logits.shape[1]
     errors = logits.contiguous().softmax(1)
-    foreground = torch.zeros(logits.shape, dtype=torch.bool, device="cpu")
+    foreground = torch.zeros(logits.shape, dtype=torch.uint8, device="cpu")
     if valid is None:
         found = labels
-        foreground.scatter_(1, labels, True)
+        foreground.scatter_(1, labels, 1)
     else:
         found = labels.masked_fill(~valid, num_classes)  # the ignored as a class of their own, left out
-        foreground.scatter_(1, labels, valid)
+        foreground.scatter_(1, labels, valid.to(torch.uint8))
         errors.masked_fill_(~valid, 0.0)
     labelled = errors.gather(1, labels)
     # The error of the foreground is the sum of the other probabilities.

@@ -24,15 +24,15 @@ def rank_all(errors: Tensor, foreground: Tensor) -> Tensor:
     background pixel is 0, unless there is no valid pixel at all.
     """
     rows, length = errors.shape
-    if is_eager(errors):
-        if errors.device.type == "cpu" and errors.numel() > _MIN_DIGITS // 5:
-            lengths = torch.full((rows,), length, device="cpu")
-            return _rank_segments(errors.flatten(), foreground.flatten(), lengths, foreground.sum(1)).view_as(errors)
-        if errors.numel() > max(_SLAB, length):
-            step = max(1, _SLAB // length)
-            return torch.cat([rank_all(*part) for part in zip(errors.split(step), foreground.split(step))])
+    if is_eager(errors) and errors.device.type == "cpu" and errors.numel() > _MIN_DIGITS // 5:
+        row = torch.arange(rows, device="cpu").unsqueeze(1)
+        order = _descending_order(errors, row, rows).view_as(errors).sub_(row * length)
+    elif is_eager(errors) and errors.numel() > max(_SLAB, length):
+        step = max(1, _SLAB // length)
+        return torch.cat([rank_all(*part) for part in zip(errors.split(step), foreground.split(step))])
+    else:
+        order = errors.argsort(dim=1, descending=True, stable=True)
     counts = torch.int32 if errors.numel() < 2**31 else torch.int64
-    order = errors.argsort(dim=1, descending=True, stable=True)
     background = foreground.gather(1, order).logical_not().to(counts)
     # One sum over all rows, which CUDA adds up faster than few rows: what comes before a row cancels in the next line.
     union = background.flatten().cumsum(0, dtype=counts).view_as(background)
@@ -52,21 +52,18 @@ def rank_candidates(errors: Tensor, foreground: Tensor, candidates: Tensor, tota
         candidates: bool ``(R, N)``, contiguous. The others must rank below those of their row.
         totals: foreground size of each row, candidates or not, int64 ``(R,)``.
     """
-    rows, length = errors.shape
-    errors, foreground, chosen = errors.view(-1), foreground.view(-1), candidates.view(-1)
-    count = int(chosen.count_nonzero())
-    if count == 0:
-        return torch.zeros_like(candidates, dtype=errors.dtype)
-    if count > len(errors) // 2:
-        # To gather most of the errors would cost more than it spares: all are ranked.
-        lengths = torch.full((rows,), length, device="cpu")
-        return _rank_segments(errors, foreground, lengths, totals).mul_(chosen).view_as(candidates)
-    places = chosen.nonzero().squeeze(1)
-    ends = torch.arange(length, len(errors) + 1, length, device="cpu")
-    lengths = torch.searchsorted(places, ends).diff(prepend=ends.new_zeros(1))
-    errors_there, foreground_there = errors.index_select(0, places), foreground.index_select(0, places)
-    weights = _rank_segments(errors_there, foreground_there, lengths, totals)
-    return torch.zeros_like(errors).scatter_(0, places, weights).view_as(candidates)
+    count = int(candidates.count_nonzero())
+    if count > errors.numel() // 2:
+        # To gather most of the errors would cost more than it spares.
+        return rank_all(errors, foreground).mul_(candidates.view(torch.uint8))
+    weights = torch.zeros_like(errors)
+    if count > 0:
+        places = candidates.flatten().nonzero().squeeze(1)
+        ends = torch.arange(1, len(errors) + 1, device="cpu") * errors.shape[1]
+        lengths = torch.searchsorted(places, ends).diff(prepend=ends.new_zeros(1))
+        there = (tensor.flatten().index_select(0, places) for tensor in (errors, foreground))
+        weights.view(-1).scatter_(0, places, _rank_segments(*there, lengths, totals))
+    return weights
 
 
 def _rank_segments(errors: Tensor, foreground: Tensor, lengths: Tensor, totals: Tensor) -> Tensor:
@@ -79,36 +76,37 @@ def _rank_segments(errors: Tensor, foreground: Tensor, lengths: Tensor, totals: 
         totals: the foreground size of each segment, int64 ``(S,)``.
     """
     counts = torch.int32 if int(totals.max()) + len(errors) < 2**31 else torch.int64
-    segments = torch.repeat_interleave(lengths) if len(lengths) > 1 else None
+    segments = torch.repeat_interleave(lengths)
+
+    def spread(values: Tensor) -> Tensor:
+        values = values.to(counts)
+        return values if len(values) == 1 else values.index_select(0, segments)
+
     order = _descending_order(errors, segments, len(lengths))
-    background = foreground.index_select(0, order).logical_not_().to(counts)
+    background = foreground.index_select(0, order).logical_not().to(counts)
     union = background.cumsum(0, dtype=counts)
-    position = torch.arange(len(errors), dtype=counts, device="cpu")
-    if segments is None:
-        union += int(totals)
-    else:
-        starts = lengths.cumsum(0) - lengths
-        passed = torch.cat([union.new_zeros(1), union]).index_select(0, starts)
-        union += (totals - passed).to(counts).index_select(0, segments)
-        position -= starts.to(counts).index_select(0, segments)
+    starts = lengths.cumsum(0) - lengths
+    passed = torch.cat([union.new_zeros(1), union]).index_select(0, starts)
+    union += spread(totals - passed)
+    position = torch.arange(len(errors), dtype=counts, device="cpu") - spread(starts)
     return torch.empty_like(errors).scatter_(0, order, closed_form(background, position, union, errors.dtype))
 
 
-def _descending_order(errors: Tensor, segments: Optional[Tensor], count: int) -> Tensor:
-    """Stable order of a vector, the first segment first and in it the largest error.
+def _descending_order(errors: Tensor, segments: Tensor, count: int) -> Tensor:
+    """Stable order of errors in one vector, the first segment first and in it the largest error.
 
     On the CPU, PyTorch sorts a vector of integers by their digits, several times as fast as floating-point numbers.
 
     Args:
-        errors: float32 or float64 ``(M,)``.
-        segments: the segment of each error, int64 ``(M,)``, or None for one segment.
+        errors: float32 or float64, of any shape.
+        segments: the segment of each error, int64, of that shape or one that expands to it.
         count: how many segments there are.
     """
     # The bits of a number order it, once those of a negative number are inverted; inverting all makes it descend.
     bits = errors.view(torch.int32 if errors.dtype == torch.float32 else torch.int64)
     largest = torch.iinfo(bits.dtype).max
     keys = (bits >> (8 * bits.element_size() - 1)).bitwise_and_(largest).bitwise_xor_(bits).bitwise_not_()
-    if segments is None:
+    if count == 1:
         return _order_of_integers(keys)
     low, high = (int(key) for key in torch.aminmax(keys))
     width = (high - low).bit_length()
@@ -116,13 +114,13 @@ def _descending_order(errors: Tensor, segments: Optional[Tensor], count: int) ->
         return _order_of_integers(keys.sub_(low).add_(segments.to(keys.dtype) << width))
     # In a second pass, the number of the segment costs one digit or two, and four as a part of wider keys.
     order = _order_of_integers(keys)
-    segments = segments.to(torch.uint8 if count <= 256 else torch.int32).index_select(0, order)
-    return order.index_select(0, _order_of_integers(segments))
+    segments = segments.to(torch.uint8 if count <= 256 else torch.int32).expand(keys.shape).flatten()
+    return order.index_select(0, _order_of_integers(segments.index_select(0, order)))
 
 
 def _order_of_integers(keys: Tensor) -> Tensor:
-    """Stable ascending order of a vector of integers."""
-    count = len(keys)
+    """Stable ascending order of integers in one vector."""
+    keys, count = keys.flatten(), keys.numel()
     if _MIN_DIGITS // 5 < count < _MIN_DIGITS:
         keys = torch.cat([keys, keys.new_full((_MIN_DIGITS - count,), torch.iinfo(keys.dtype).max)])
     return keys.sort(stable=True).indices[:count]
