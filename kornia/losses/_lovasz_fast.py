@@ -4,6 +4,8 @@
 A background error below every foreground error of its class has the weight 0, as no foreground is left to pass. So has,
 for the loss, a hinge error of 0. Of a class without foreground, the largest error alone counts. What remains are the
 candidates. They are ranked a *slab* at a time, some of the rows, one for each class of each group.
+
+The foreground is kept as bytes, which PyTorch turns into numbers several times as fast as bools.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def _hinge_rows(
     margins = gradient.copy_(foreground).mul_(-2.0).add_(1.0).mul_(logits)
     if valid is not None:
         margins.masked_fill_(~valid, float("-inf"))
-    candidates = margins.add(1.0).relu_().to(torch.bool)  # True for nan, too
+    candidates = margins.add(1.0).relu_().to(torch.bool)
     weights = rank_candidates(margins, foreground, candidates, foreground.sum(1)).div_(divisor)
     errors = margins.add_(1.0).relu_()
     if errors.max() == torch.inf:
@@ -114,7 +116,7 @@ def _softmax_errors(
     """The errors, 0 where they are to be ignored, and the foreground.
 
     Returns:
-        the errors ``(B, C, N)``; where the foreground is, bool ``(B, C, N)``; its probabilities ``(B, 1, N)``; and for
+        the errors ``(B, C, N)``; where the foreground is, bytes ``(B, C, N)``; its probabilities ``(B, 1, N)``; and for
         each class in each image its size and its smallest error above 0, both ``(B, C)``. A pixel whose error is 0 has
         no part in the loss or its gradient, whatever its weight.
     """

@@ -21,7 +21,7 @@ def rank_all(errors: Tensor, foreground: Tensor) -> Tensor:
     """Weights of rows of errors ``(R, N)``, or of anything that ascends with them.
 
     Pixels to ignore must be background with an error below every valid one. They then rank last, where the weight of a
-    background pixel is 0, unless there is no valid pixel at all.
+    background pixel is 0, unless there is no valid pixel at all. The foreground is bool or bytes.
     """
     rows, length = errors.shape
     if is_eager(errors) and errors.device.type == "cpu" and errors.numel() > _MIN_DIGITS // 5:
@@ -48,19 +48,18 @@ def rank_candidates(errors: Tensor, foreground: Tensor, candidates: Tensor, tota
 
     Args:
         errors: contiguous, float32 or float64, or anything that ascends with them.
-        foreground: bool ``(R, N)``, contiguous.
-        candidates: bool ``(R, N)``, contiguous. The others must rank below those of their row.
+        foreground: bytes ``(R, N)``.
+        candidates: bool ``(R, N)``. The others must rank below those of their row.
         totals: foreground size of each row, candidates or not, int64 ``(R,)``.
     """
-    count = int(candidates.count_nonzero())
+    lengths = candidates.sum(1)
+    count = int(lengths.sum())
     if count > errors.numel() // 2:
         # To gather most of the errors would cost more than it spares.
-        return rank_all(errors, foreground).mul_(candidates.view(torch.uint8))
+        return rank_all(errors, foreground).mul_(candidates.to(torch.uint8))
     weights = torch.zeros_like(errors)
     if count > 0:
         places = candidates.flatten().nonzero().squeeze(1)
-        ends = torch.arange(1, len(errors) + 1, device="cpu") * errors.shape[1]
-        lengths = torch.searchsorted(places, ends).diff(prepend=ends.new_zeros(1))
         there = (tensor.flatten().index_select(0, places) for tensor in (errors, foreground))
         weights.view(-1).scatter_(0, places, _rank_segments(*there, lengths, totals))
     return weights
@@ -71,7 +70,7 @@ def _rank_segments(errors: Tensor, foreground: Tensor, lengths: Tensor, totals: 
 
     Args:
         errors: ``(M,)``.
-        foreground: bool ``(M,)``.
+        foreground: bytes ``(M,)``.
         lengths: of the segments, int64 ``(S,)``.
         totals: the foreground size of each segment, int64 ``(S,)``.
     """
@@ -79,6 +78,7 @@ def _rank_segments(errors: Tensor, foreground: Tensor, lengths: Tensor, totals: 
     segments = torch.repeat_interleave(lengths)
 
     def spread(values: Tensor) -> Tensor:
+        """To the errors, what their segments have."""
         values = values.to(counts)
         return values if len(values) == 1 else values.index_select(0, segments)
 

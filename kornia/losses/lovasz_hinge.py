@@ -140,13 +140,5 @@ class LovaszHingeLoss(LovaszModule):
         super().__init__(Options(ignore_index, per_image, reduction, num_bins, group))
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            pred: logits :math:`(B, 1, H, W)`.
-            target: labels :math:`(B, H, W)`, 0 and 1.
-
-        Returns:
-            the loss, reduced as chosen.
-        """
+        """Return the loss of logits ``pred`` and labels ``target``, reduced as chosen."""
         return lovasz_hinge_loss(pred, target, **self.options)

@@ -192,13 +192,5 @@ class LovaszSoftmaxLoss(LovaszModule):
         return f"{weight}classes={self.classes!r}, {super().extra_repr()}"
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            pred: logits :math:`(B, C, H, W)`.
-            target: class labels :math:`(B, H, W)` in :math:`[0, C)`.
-
-        Returns:
-            the loss, reduced as chosen.
-        """
+        """Return the loss of logits ``pred`` and labels ``target``, reduced as chosen."""
         return lovasz_softmax_loss(pred, target, self.weight, classes=self.classes, **self.options)
