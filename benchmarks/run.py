@@ -324,7 +324,7 @@ def main() -> None:
         for scene in each("scenes", scenes + rest):
             losses = implementations(scene.kind)
             results["times"][str(scene)] = measure_times(scene, losses, args.device, rounds)
-        for name, chosen in [("idle", drawn), ("one thread", few), ("busy", few)][: 1 if on_cuda else None]:
+        for name, chosen in [("idle", drawn), ("one thread", drawn), ("busy", few)][: 1 if on_cuda else None]:
             times = results["grid"][name] = {str(scene): {loss: [] for loss in rivals(scene)} for scene in chosen}
             with circumstances(name):
                 # Pass by pass: what slows the machine for a minute then slows one round of a scene, not all of them.

@@ -25,10 +25,17 @@ def test_claim_has_the_ends_and_the_middle(monkeypatch):
         return {tables.OURS: [ours, ours], tables.RELEASE: [release, release], tables.BASELINE: [1.0, 1.0]}
 
     grid = {"a": scene(2.0, 1.0), "b": scene(4.0, 12.0), "c": scene(3.0, 30.0)}
-    monkeypatch.setattr(tables, "read", lambda device: {"grid": {"idle": grid}, "machine": {"device": "X"}})
+    alone = {label: seconds for label, seconds in grid.items() if label != "a"}
+    machine = {"device": "X", "threads": 8}
+    monkeypatch.setattr(tables, "read", lambda _: {"grid": {"idle": grid, "one thread": alone}, "machine": machine})
     assert tables.claim("cuda") == (
         "Over 3 shapes drawn at random, on an X, they are 0.5 to 10 times as fast as Kornia 0.9.0 (median 3.0), "
         "for 2.0 to 4.0 times the time of cross-entropy (median 3.0)."
+    )
+    assert tables.claim("cpu") == (
+        "Over 3 shapes drawn at random, with 8 threads, they are 0.5 to 10 times as fast as Kornia 0.9.0 (median 3.0), "
+        "for 2.0 to 4.0 times the time of cross-entropy (median 3.0). "
+        "With one thread they are 3.0 to 10 times as fast (median 6.5)."
     )
 
 
