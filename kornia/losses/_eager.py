@@ -3,31 +3,27 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
 
 def is_eager(tensor: Tensor) -> bool:
     """Whether the values of a tensor may decide what is computed: it is real, and nothing records the operations."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)  # neither fake, as in torch.export, nor another subclass
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
-    )
+    return values_of(tensor) is tensor and not torch._C._are_functorch_transforms_active()
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor has values to look at, though a transform of functorch may be active, but for vmap over it."""
-    if is_eager(tensor):
-        return True
-    if type(tensor) is not Tensor or torch.compiler.is_compiling():
-        return False
-    while torch._C._functorch.is_gradtrackingtensor(tensor):
+def values_of(tensor: Tensor) -> Optional[Tensor]:
+    """The values that a tensor stands for, also under transforms of functorch; None where there are none to look at."""
+    if torch.compiler.is_compiling():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return torch._C._are_functorch_transforms_active() and not is_wrapped
+    # by torch.jit.trace or make_fx
+    is_recorded = torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter)  # neither fake, as in torch.export, nor another subclass
+    return tensor if is_plain and not is_recorded else None
 
 
 def is_dual(tensor: Tensor) -> bool:

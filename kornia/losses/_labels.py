@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
 from kornia.core.exceptions import ShapeError
 
-from ._eager import is_eager, is_readable
+from ._eager import is_eager, values_of
 from ._utils import mask_ignore_pixels
 from .one_hot import _check_class_labels
 
@@ -28,6 +28,8 @@ def check_pair(pred: Tensor, target: Tensor, channels: str) -> None:
     """
     KORNIA_CHECK_IS_TENSOR(pred, "pred must be Tensor.")
     KORNIA_CHECK_IS_TENSOR(target, "target must be Tensor.")
+    if pred.is_complex() or target.is_complex():
+        raise NotImplementedError(f"pred and target must hold real numbers. Got: {pred.dtype} and {target.dtype}")
     try:
         KORNIA_CHECK_SHAPE(pred, ["B", channels, "H", "W"])
         KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
@@ -44,13 +46,16 @@ def check_pair(pred: Tensor, target: Tensor, channels: str) -> None:
         raise ValueError(f"pred and target must be in the same device. Got: {pred.device} and {target.device}")
 
 
-def _require(condition: Tensor, message: str, labels: Tensor) -> None:
-    """Raise unless a condition holds for all labels on the CPU."""
-    if is_readable(condition):
-        if not condition.all():
-            raise ValueError(f"{message}. Got: {labels[~condition].unique()[:5].tolist()}")
-    elif not torch._C._are_functorch_transforms_active():  # which vmap has no rule for
-        torch._assert_async(condition.all(), message)
+def _require(is_right: Callable[[Tensor], Tensor], labels: Tensor, message: str) -> None:
+    """Raise unless all labels on the CPU are right. On CUDA, to look at them would wait for the device."""
+    if labels.device.type != "cpu":
+        return
+    values = values_of(labels)
+    if values is not None:
+        if not is_right(values).all():
+            raise ValueError(f"{message}. Got: {values[~is_right(values)].unique()[:5].tolist()}")
+    elif not torch._C._are_functorch_transforms_active():  # vmap has no rule for the assertion
+        torch._assert_async(is_right(labels).all(), message)
 
 
 def _as_integers(target: Tensor) -> Tensor:
@@ -72,23 +77,29 @@ def _mask(labels: Tensor, num_classes: int, ignore_index: Optional[int]) -> tupl
 
 
 def binary_labels(target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
-    """Checked labels, 0 where they are to be ignored, and where they are not: None if that is everywhere."""
+    """Where the foreground is, bool, and which pixels are valid: None if all are.
+
+    Raises:
+        ValueError: a label on the CPU is neither 0, 1 nor the one to ignore.
+    """
     labels, valid, checked = _mask(target if target.is_floating_point() else _as_integers(target), 2, ignore_index)
-    if labels.requires_grad:  # gradcheck moves them a little: what is not 1 counts as background
-        return labels == 1, valid
-    if not checked and labels.device.type == "cpu":  # on CUDA the check would wait for the device
+    if not checked and not labels.requires_grad:  # gradcheck moves labels a little: what is not 1 is background
         expected = "target must hold 0 for the background and 1 for the foreground"
         if ignore_index is not None:
             expected += f", or ignore_index={int(ignore_index)} for pixels to ignore"
-        _require((labels == 0) | (labels == 1), expected, labels)
-    return labels, valid
+        _require(lambda labels: (labels == 0) | (labels == 1), labels, expected)
+    return labels == 1, valid
 
 
 def class_labels(target: Tensor, num_classes: int, ignore_index: Optional[int]) -> tuple[Tensor, Optional[Tensor]]:
-    """Do the same for labels of several classes, int64."""
-    labels = _as_integers(target)
-    if target.is_floating_point() and labels.device.type == "cpu":
+    """Class labels, int64, 0 where they are to be ignored, and which pixels are valid: None if all are.
+
+    Raises:
+        ValueError: a label on the CPU is no whole number.
+        RuntimeError: a label on the CPU is neither in ``[0, num_classes)`` nor the one to ignore.
+    """
+    if target.is_floating_point():
         expected = "target must hold class labels, whole numbers; the loss has no form for soft labels"
-        _require(labels == target, expected, target)
-    labels, valid, checked = _mask(labels, num_classes, ignore_index)
+        _require(lambda labels: labels == labels.trunc(), target, expected)
+    labels, valid, checked = _mask(_as_integers(target), num_classes, ignore_index)
     return labels if checked else _check_class_labels(labels, num_classes), valid

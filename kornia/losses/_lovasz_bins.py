@@ -23,18 +23,17 @@ processes.
 
 from __future__ import annotations
 
-import zlib
 from functools import reduce
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import Sequence
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from ._eager import is_eager
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from ._lovasz_group import check_agreement, range_of_all
+from ._lovasz_options import Options
+from ._threads import in_pieces
 
 # From the smallest error to the largest, the width of the narrow bins doubles this many times.
 _OCTAVES = 24
@@ -50,9 +49,7 @@ def _slab_size(errors: Tensor) -> int:
     return 1 << (18 if errors.device.type == "cpu" else 22)
 
 
-def rank_by_bins(
-    errors: Tensor, foreground: Tensor, num_bins: int, group: Optional[ProcessGroup] = None, kind: tuple = ()
-) -> tuple[Tensor, Tensor]:
+def binned_weights(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Weights of rows of errors ``(R, N)``.
 
     Pixels to ignore must be background without a positive error; the weight of such an error means nothing.
@@ -60,24 +57,23 @@ def rank_by_bins(
     Args:
         errors: float32 or float64.
         foreground: bool ``(R, N)``.
-        num_bins: the number of bins of equal width in a row.
-        group: the processes whose rows are parts of one row, or None.
-        kind: what the processes of the group must have in common besides the bins and the rows.
+        options: the number of bins of equal width in a row, and the processes whose rows are parts of one row.
 
     Returns:
         the weights ``(R, N)``, and the foreground size of each row in all processes, int64 ``(R,)``.
     """
     rows, count = errors.shape
+    num_bins, group = options.num_bins, options.process_group
     if errors.numel() == 0:
         if group is None:
             return torch.zeros_like(errors), foreground.sum(1)
         pixel = torch.nn.functional.pad  # without a pixel, this process still takes part
-        weights, total = rank_by_bins(pixel(errors, (0, 1)), pixel(foreground, (0, 1)), num_bins, group, kind)
+        weights, total = binned_weights(pixel(errors, (0, 1)), pixel(foreground, (0, 1)), options)
         return weights[:, :0], total
     num_slots = _num_slots(num_bins)
     step = max(1, 16 * _slab_size(errors) // num_slots)  # many small images have larger tables than pixels
     if group is None and is_eager(errors) and rows > step:
-        parts = [rank_by_bins(*part, num_bins) for part in zip(errors.split(step), foreground.split(step))]
+        parts = [binned_weights(*part, options) for part in zip(errors.split(step), foreground.split(step))]
         return torch.cat([weights for weights, _ in parts]), torch.cat([total for _, total in parts])
 
     width = max(1, _slab_size(errors) // rows) if is_eager(errors) else count
@@ -85,8 +81,8 @@ def rank_by_bins(
     smallest, largest = _ranges(parts)
     is_owner = None
     if group is not None:
-        _check_agreement((rows, num_bins, *kind), errors.device, group)
-        smallest, largest, is_owner = _ranges_of_group(smallest, largest, group)
+        check_agreement(errors, options)
+        smallest, largest, is_owner = range_of_all(smallest, largest, group)
     # Both ends are moved outwards, where the smallest itself must be above the first slot and rounding to float32 may
     # have lowered the largest. There is one bin more, for rounding.
     smallest, largest = smallest * (1 - 2.0**-20), (largest * (1 + 2.0**-20)).clamp(max=_MOST)
@@ -139,30 +135,6 @@ def _ranges(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         largest.append(errors.minimum(bound).amax(1, keepdim=True))
     lowest, highest = reduce(torch.minimum, smallest), reduce(torch.maximum, largest)
     return lowest.to(torch.float32).clamp(max=_MOST), highest.to(torch.float32)
-
-
-def _check_agreement(settings: tuple, device: torch.device, group: ProcessGroup) -> None:
-    """Raise in all processes of a group unless they rank alike; only on the CPU, as CUDA would wait for the device."""
-    if device.type == "cpu":
-        code = zlib.crc32(repr(settings).encode())
-        codes = torch.tensor([code, -code], device=device)
-        torch.distributed.all_reduce(codes, torch.distributed.ReduceOp.MAX, group=group)
-        if codes[0] != -codes[1]:
-            raise ValueError(
-                "all processes of group must call the same loss, with the same number of classes and the same classes, "
-                f"per_image and num_bins. Here: {settings[2]}, {settings[0]} classes, num_bins={settings[1]}, "
-                f"classes={settings[3:]}"
-            )
-
-
-def _ranges_of_group(smallest: Tensor, largest: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over the processes of a group, and whether the largest is in this process, bool ``(R,)``."""
-    # The order of positive numbers is the order of their bits. Of equal ones, the process of the highest rank wins.
-    own = (largest.view(torch.int32).to(torch.int64) << 32) + torch.distributed.get_rank(group)
-    ends = torch.stack([own, -smallest.view(torch.int32).to(torch.int64)])
-    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=group)
-    smallest, largest = (end.to(torch.int32).view(torch.float32) for end in (-ends[1], ends[0] >> 32))
-    return smallest, largest, (own == ends[0]).squeeze(1)
 
 
 def _bits(number: int) -> int:

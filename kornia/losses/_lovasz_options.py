@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both Lovász losses can be asked for, and the base of their modules."""
+"""What the Lovász losses can be asked for, and the base of their modules."""
 
 from __future__ import annotations
 
@@ -31,51 +31,74 @@ def as_integer(value: Any) -> Optional[int]:
 
 
 class Options(NamedTuple):
-    """How to group, reduce and rank."""
+    """What is asked of a loss."""
 
+    loss: str  # "hinge" or "softmax"
     ignore_index: Optional[int] = -100
     per_image: bool = True
     reduction: str = "mean"
     num_bins: Optional[int] = None
-    group: Optional[ProcessGroup] = None
+    process_group: Optional[ProcessGroup] = None
+    classes: Union[str, Sequence[int], None] = None  # None for a loss of one class
 
-    def checked(self) -> Options:
-        """Return the same with plain integers; raise for what cannot be asked for."""
+    def checked(self, num_classes: Optional[int] = None) -> Options:
+        """Return the same with plain integers; raise for what cannot be asked for, of so many classes if given."""
         ignore_index, bins = as_integer(self.ignore_index), as_integer(self.num_bins)
-        if self.ignore_index is not None and (ignore_index is None or not -(2**63) <= ignore_index < 2**63):
-            raise ValueError(f"ignore_index must be None or a 64-bit integer. Got: {self.ignore_index!r}")
+        check_ignore_index(self.ignore_index)
         if not isinstance(self.per_image, bool):
             raise ValueError(f"per_image must be True or False. Got: {self.per_image!r}")
         if self.reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none'. Got: {self.reduction!r}")
         if self.num_bins is not None and (bins is None or not 1 <= bins <= _MAX_BINS):
             raise ValueError(f"num_bins must be None or an integer in [1, {_MAX_BINS}]. Got: {self.num_bins!r}")
-        if self.group is not None:
-            self._check_group()
-        return self._replace(ignore_index=ignore_index, num_bins=bins)
+        if self.process_group is not None:
+            self._check_process_group()
+        classes = None if self.classes is None else _checked_classes(self.classes, num_classes)
+        return self._replace(ignore_index=ignore_index, num_bins=bins, classes=classes)
 
-    def _check_group(self) -> None:
-        if self.group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("group must include this process: pass one made with its rank. Got: one without it")
-        if not isinstance(self.group, torch.distributed.ProcessGroup):
-            raise ValueError(f"group must be None or a torch.distributed process group. Got: {self.group!r}")
+    def _check_process_group(self) -> None:
+        if self.process_group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_group must include this process: pass one made with its rank. Got: one without it")
+        if not isinstance(self.process_group, torch.distributed.ProcessGroup):
+            raise ValueError(
+                f"process_group must be None or a torch.distributed process group. Got: {self.process_group!r}"
+            )
         if self.per_image:
-            raise ValueError("group makes the batches of all processes one: pass per_image=False. Got: per_image=True")
+            raise ValueError(
+                "process_group makes the batches of all processes one: pass per_image=False. Got: per_image=True"
+            )
         if self.num_bins is None:
-            raise ValueError("group needs errors ranked by bins: pass num_bins, such as num_bins=1024. Got: None")
+            raise ValueError(
+                "process_group needs errors ranked by bins: pass num_bins, such as num_bins=1024. Got: None"
+            )
+
+    def for_operator(self) -> tuple[Any, ...]:
+        """What the operator of compiled code takes of them, whose types are those of a schema."""
+        named = self.classes is None or isinstance(self.classes, str)
+        return *self[:4], *((self.classes, None) if named else (None, list(self.classes)))
+
+    def dtype_of(self, pred: Tensor, weight: Optional[Tensor]) -> torch.dtype:
+        """What the loss is computed in: at least float32."""
+        dtype = torch.promote_types(pred.dtype, torch.float32)
+        return dtype if weight is None else torch.promote_types(dtype, weight.dtype)
 
     def divisor(self, batch: int) -> int:
         """What the mean over the groups divides by: their number, and 1 for an empty batch, whose loss is 0."""
         return max(1, batch) if self.per_image and self.reduction == "mean" else 1
 
     def reduce(self, losses: Tensor) -> Tensor:
-        """Reduce the parts of the images in the loss, which include the divisor."""
-        if self.reduction != "none":
-            return losses.sum()
-        return losses if self.per_image else losses.sum(0, keepdim=True)
+        """Reduce the losses of the groups, which include the divisor."""
+        return losses if self.reduction == "none" else losses.sum()
 
 
-def checked_classes(classes: Union[str, Sequence[int]], num_classes: Optional[int] = None) -> Union[str, tuple]:
+def check_ignore_index(value: Any) -> None:
+    """Raise unless a label to ignore is None or a 64-bit integer."""
+    label = as_integer(value)
+    if value is not None and (label is None or not -(2**63) <= label < 2**63):
+        raise ValueError(f"ignore_index must be None or a 64-bit integer. Got: {value!r}")
+
+
+def _checked_classes(classes: Union[str, Sequence[int]], num_classes: Optional[int]) -> Union[str, tuple]:
     """Return the classes to average, indices as a tuple; raise unless they are known, and below a number if given."""
     if isinstance(classes, str) and classes in ("all", "present"):
         return classes
@@ -104,8 +127,9 @@ class LovaszModule(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options, by name."""
-        return {name: getattr(self, name) for name in Options._fields}
+        """The options of the function, by name."""
+        left_out = ("loss", "classes") if self.classes is None else ("loss",)
+        return {name: getattr(self, name) for name in Options._fields if name not in left_out}
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -113,14 +137,14 @@ class LovaszModule(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LovaszModule:
         # A process group is a handle, which copies share.
-        memo[id(self.group)] = self.group
+        memo[id(self.process_group)] = self.process_group
         result = memo[id(self)] = self.__new__(type(self))
         result.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.group is not None:
+        if self.process_group is not None:
             raise TypeError(
-                "a loss with a process group cannot be pickled: set group=None before, and the group after loading"
+                "a loss with a process group cannot be pickled: set process_group=None before, and it after loading"
             )
         return self.__dict__

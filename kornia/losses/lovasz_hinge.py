@@ -3,12 +3,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Optional
 
-import torch
 from torch import Tensor
 
 from ._eager import is_autocast
-from ._labels import binary_labels, check_pair
-from ._lovasz_dispatch import hinge_loss
+from ._labels import check_pair
+from ._lovasz_dispatch import lovasz_loss
 from ._lovasz_options import LovaszModule, Options
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ def lovasz_hinge_loss(
     per_image: bool = True,
     reduction: str = "mean",
     num_bins: Optional[int] = None,
-    group: Optional[ProcessGroup] = None,
+    process_group: Optional[ProcessGroup] = None,
 ) -> Tensor:
     r"""Lovász hinge loss: a convex surrogate of the intersection over union (IoU) of one foreground class.
 
@@ -56,7 +55,7 @@ def lovasz_hinge_loss(
             the order matters, instead of sorted. The loss is never above the exact one, and below it by at most the
             largest error divided by ``num_bins``; at 1024, loss and gradient usually agree to 1e-5 and 2e-3. An
             absent class stays exact. Each run gives the same result.
-        group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its processes
+        process_group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its processes
             are scored as one batch, so each of them returns the loss of the global batch. The gradient is scaled for
             averaging over the processes, as DistributedDataParallel does. Needs ``per_image=False`` and
             ``num_bins``; each process of the group must call the loss, though its batch may be empty.
@@ -69,9 +68,9 @@ def lovasz_hinge_loss(
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
         ValueError: if the batch or image sizes or the devices differ, ``reduction`` is unknown, ``num_bins`` is out
-            of range, ``group`` comes without what it needs, or a label on the CPU is neither 0, 1 nor
+            of range, ``process_group`` comes without what it needs, or a label on the CPU is neither 0, 1 nor
             ``ignore_index``.
-        RuntimeError: if another process of ``group`` is lost or does not answer in time.
+        RuntimeError: if another process of ``process_group`` is lost or does not answer in time.
 
     References:
         [1] J. Yu and M. Blaschko, Learning Submodular Losses with the Lovász Hinge, ICML 2015.
@@ -93,11 +92,8 @@ def lovasz_hinge_loss(
 
     """
     check_pair(pred, target, "1")
-    options = Options(ignore_index, per_image, reduction, num_bins, group).checked()
-
-    logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
-    labels, valid = binary_labels(target.flatten(1).unsqueeze(1), options.ignore_index)
-    loss = hinge_loss(logits, labels, valid, options)
+    options = Options("hinge", ignore_index, per_image, reduction, num_bins, process_group).checked()
+    loss = lovasz_loss(pred, target, None, options)
     return loss if is_autocast(pred) or not pred.is_floating_point() else loss.to(pred.dtype)
 
 
@@ -112,7 +108,7 @@ class LovaszHingeLoss(LovaszModule):
         per_image: whether each image is one group; otherwise the batch is.
         reduction: over the groups: "mean", "sum" or "none".
         num_bins: how many bins rank the errors, or None to sort them: the exact loss.
-        group: process group whose batches are scored as one batch, or None.
+        process_group: process group whose batches are scored as one batch, or None.
 
     Shape:
         - pred: logits :math:`(B, 1, H, W)`.
@@ -135,9 +131,9 @@ class LovaszHingeLoss(LovaszModule):
         per_image: bool = True,
         reduction: str = "mean",
         num_bins: Optional[int] = None,
-        group: Optional[ProcessGroup] = None,
+        process_group: Optional[ProcessGroup] = None,
     ) -> None:
-        super().__init__(Options(ignore_index, per_image, reduction, num_bins, group))
+        super().__init__(Options("hinge", ignore_index, per_image, reduction, num_bins, process_group))
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits ``pred`` and labels ``target``, reduced as chosen."""

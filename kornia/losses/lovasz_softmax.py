@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from kornia.core.check import KORNIA_CHECK, KORNIA_CHECK_IS_TENSOR
 
 from ._eager import is_autocast
-from ._labels import check_pair, class_labels
-from ._lovasz_dispatch import softmax_loss
-from ._lovasz_options import LovaszModule, Options, checked_classes
+from ._labels import check_pair
+from ._lovasz_dispatch import lovasz_loss
+from ._lovasz_options import LovaszModule, Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,7 +46,7 @@ def lovasz_softmax_loss(
     per_image: bool = True,
     reduction: str = "mean",
     num_bins: Optional[int] = None,
-    group: Optional[ProcessGroup] = None,
+    process_group: Optional[ProcessGroup] = None,
 ) -> Tensor:
     r"""Lovász-Softmax loss: a surrogate of the mean intersection over union (IoU) of several classes.
 
@@ -84,7 +84,7 @@ def lovasz_softmax_loss(
             the order matters, instead of sorted. The loss is never above the exact one, and below it by at most
             ``1 / num_bins``; at 1024, loss and gradient usually agree to 1e-5 and 2e-3. An absent class stays exact.
             Each run gives the same result.
-        group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its processes
+        process_group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its processes
             are scored as one batch, so each of them returns the loss of the global batch. The gradient is scaled for
             averaging over the processes, as DistributedDataParallel does. Needs ``per_image=False`` and
             ``num_bins``; each process of the group must call the loss, though its batch may be empty.
@@ -97,12 +97,12 @@ def lovasz_softmax_loss(
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, C, H, W)` or ``target`` is not :math:`(B, H, W)`.
         ValueError: if ``pred`` has one class, the batch or image sizes or the devices differ, ``reduction`` is
-            unknown, ``num_bins`` is out of range, ``group`` comes without what it needs, or ``classes`` is an unknown
+            unknown, ``num_bins`` is out of range, ``process_group`` comes without what it needs, or ``classes`` is an unknown
             string, empty, repeats a class or names one that ``pred`` lacks.
         BaseError: if ``weight`` does not hold one value per class or is on another device.
         TypeCheckError: if ``weight`` is not a tensor.
         RuntimeError: if a label on the CPU is neither in :math:`[0, C)` nor ``ignore_index``, or if another process of
-            ``group`` is lost or does not answer in time.
+            ``process_group`` is lost or does not answer in time.
 
     References:
         [1] M. Berman, A. Rannen Triki and M. B. Blaschko, The Lovász-Softmax loss, CVPR 2018, arXiv:1705.08790.
@@ -122,17 +122,12 @@ def lovasz_softmax_loss(
 
     """
     check_pair(pred, target, "N")
-    num_classes = pred.shape[1]
     dtype = pred.dtype if pred.is_floating_point() else torch.float32
     if weight is not None:
         _check_weight(weight, pred)
         dtype = torch.promote_types(dtype, weight.dtype)
-    averaged = checked_classes(classes, num_classes)
-    options = Options(ignore_index, per_image, reduction, num_bins, group).checked()
-
-    labels, valid = class_labels(target.flatten(1).unsqueeze(1), num_classes, options.ignore_index)
-    logits = pred.to(torch.promote_types(dtype, torch.float32)).expand(labels.shape[0], -1, -1, -1)
-    loss = softmax_loss(logits, labels, valid, weight, averaged, options)
+    options = Options("softmax", ignore_index, per_image, reduction, num_bins, process_group, classes)
+    loss = lovasz_loss(pred, target, weight, options.checked(pred.shape[1]))
     return loss if is_autocast(pred) else loss.to(dtype)
 
 
@@ -150,7 +145,7 @@ class LovaszSoftmaxLoss(LovaszModule):
         per_image: whether each image is one group; otherwise the batch is.
         reduction: over the groups: "mean", "sum" or "none".
         num_bins: how many bins rank the errors, or None to sort them: the exact loss.
-        group: process group whose batches are scored as one batch, or None.
+        process_group: process group whose batches are scored as one batch, or None.
 
     Shape:
         - pred: logits :math:`(B, C, H, W)`, :math:`C > 1`.
@@ -175,10 +170,9 @@ class LovaszSoftmaxLoss(LovaszModule):
         per_image: bool = True,
         reduction: str = "mean",
         num_bins: Optional[int] = None,
-        group: Optional[ProcessGroup] = None,
+        process_group: Optional[ProcessGroup] = None,
     ) -> None:
-        super().__init__(Options(ignore_index, per_image, reduction, num_bins, group))
-        self.classes = checked_classes(classes)
+        super().__init__(Options("softmax", ignore_index, per_image, reduction, num_bins, process_group, classes))
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
@@ -189,8 +183,8 @@ class LovaszSoftmaxLoss(LovaszModule):
     def extra_repr(self) -> str:
         """Show the settings."""
         weight = "" if self.weight is None else f"weight of shape {tuple(self.weight.shape)}, "
-        return f"{weight}classes={self.classes!r}, {super().extra_repr()}"
+        return f"{weight}{super().extra_repr()}"
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the loss of logits ``pred`` and labels ``target``, reduced as chosen."""
-        return lovasz_softmax_loss(pred, target, self.weight, classes=self.classes, **self.options)
+        return lovasz_softmax_loss(pred, target, self.weight, **self.options)
