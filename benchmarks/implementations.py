@@ -94,7 +94,7 @@ def implementations(kind: str) -> dict[str, Loss]:
     return {
         OURS: ours,
         BINNED: functools.partial(ours, num_bins=1024),
-        GROUPED: functools.partial(ours, num_bins=1024, per_image=False, group=group_of_one()),
+        GROUPED: functools.partial(ours, num_bins=1024, per_image=False, process_group=group_of_one()),
         BASELINE: F.cross_entropy if kind == "softmax" else binary_cross_entropy,
         RELEASE: getattr(release, f"lovasz_{kind}_loss"),
         "textbook": textbook_softmax if kind == "softmax" else textbook_hinge,

@@ -36,7 +36,7 @@ def collectives(num_classes: int, num_bins: int, side: int) -> list[int]:
     loss = lovasz_hinge_loss if num_classes == 1 else lovasz_softmax_loss
     # A group of one process, so that nothing is sent.
     with mock.patch("torch.distributed.all_reduce", lambda data, *_, **__: sizes.append(data.nbytes)):
-        loss(pred, target, per_image=False, num_bins=num_bins, group=group_of_one())
+        loss(pred, target, per_image=False, num_bins=num_bins, process_group=group_of_one())
     return sizes
 
 

@@ -207,6 +207,8 @@ class _SoftmaxPasses:
         self.has_place[group, channel] = 1.0
         length = self.labels.numel() // self.groups
         self.weights = torch.zeros((len(kept), length), dtype=factors.dtype, device="cpu")
+        if len(ranked) == 0:
+            return
         # A pixel whose error is 0 has no part in the loss or its gradient, whatever its weight.
         tiny = torch.finfo(factors.dtype).smallest_normal * torch.finfo(factors.dtype).eps
         # Of each ranked row: itself, where its weights are, its foreground size, the floor of its errors, its factor.

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss, _lovasz_dispatch, lovasz_hinge_loss, lovasz_softmax_loss
+from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss, lovasz_hinge_loss, lovasz_softmax_loss
 
 from testing.base import BaseTester
 
 INF, NAN = float("inf"), float("nan")
-_FORM_OF = _lovasz_dispatch.form_of
-FORMS = ("traced", "dense", "fast")
+FORMS = ("derived", "dense", "cpu")
 # Rounding of a result whose inputs are exact: the computation itself is at least float32.
 RTOL = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-6, torch.float64: 1e-13}
 # Gradients of the softmax pass through differences of probabilities.
@@ -161,39 +160,29 @@ def _oracle_of_group(loss, logits, labels, weight, classes):
     return sum(factors[c] * terms[c] for c in averaged) / len(averaged)
 
 
-def force_form(monkeypatch, form: str, slab: int = 100, digits: Optional[int] = None) -> None:
-    """Have one form compute every loss that it can, a slab at a time.
+def force_form(monkeypatch, form: str, piece: int = 100) -> None:
+    """Have one form compute every loss that it can, a piece at a time.
 
     Args:
         monkeypatch: what undoes it.
-        form: "traced", "dense" or "fast". What has to be traced is, and bins have no fast form. With "usual", nothing
-            is changed.
-        slab: how many errors are ranked at a time.
-        digits: from how many errors on they are sorted by digits, on the CPU; None: from 4 in the fast form, and never
-            in the dense one, as on CUDA.
+        form: "derived" by autograd from the dense form, "dense", or "cpu". Bins have no form of the CPU. With "usual",
+            nothing is changed.
+        piece: how many errors are handled at a time.
     """
     if form == "usual":
         return
-
-    def form_of(logits, weight, options):
-        chosen = _FORM_OF(logits, weight, options)
-        if chosen == "traced" or logits.numel() == 0:
-            return chosen
-        has_fast = options.num_bins is None and logits.device.type == "cpu"
-        return "dense" if form == "fast" and not has_fast else form
-
-    monkeypatch.setattr("kornia.losses._lovasz_dispatch.form_of", form_of)
-    monkeypatch.setattr("kornia.losses._lovasz_rank._SLAB", slab)
-    monkeypatch.setattr("kornia.losses._lovasz_fast._SLAB", slab)
-    monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: slab)
-    digits = digits or (4 if form == "fast" else 1 << 40)
-    monkeypatch.setattr("kornia.losses._lovasz_rank._MIN_DIGITS", digits)
+    if form == "derived":
+        monkeypatch.setattr("kornia.losses._lovasz_dispatch.is_eager", lambda tensor: False)
+    monkeypatch.setattr("kornia.losses._lovasz_dispatch._MIN_CPU", 1 if form == "cpu" else 1 << 60)
+    monkeypatch.setattr("kornia.losses._lovasz_cpu._PIECE", piece)
+    monkeypatch.setattr("kornia.losses._lovasz_sort._SLAB", piece)
+    monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: piece)
 
 
 class LovaszTester(BaseTester):
     @pytest.fixture(autouse=True, params=FORMS)
     def form(self, request, monkeypatch):
-        """Every test runs with each form, whatever the size of its inputs, and in small slabs."""
+        """Every test runs with each form, whatever the size of its inputs, and in small pieces."""
         torch.manual_seed(0)
         force_form(monkeypatch, request.param)
         return request.param

@@ -19,7 +19,9 @@ from lovasz import (
     with_forms,
 )
 
-from kornia.losses._lovasz_bins import _check_agreement, _num_slots, _slots
+from kornia.losses._lovasz_bins import _num_slots, _slots
+from kornia.losses._lovasz_group import check_agreement
+from kornia.losses._lovasz_options import Options
 
 
 def make_inputs(loss, device, dtype, shape=(2, 16, 24), scale=1.0, seed=0):
@@ -44,7 +46,7 @@ def mean_of_two_orders(total: int, alarms: int) -> tuple[float, float]:
 CASES = ("random", "ties", "one class", "wrong", "right", "extreme", "outlier", "lone", "tiny")
 
 
-@with_forms("traced", "dense")
+@with_forms("derived", "dense")
 class TestWeights(LovaszTester):
     @pytest.mark.parametrize("total,alarms", [(1, 1), (1, 7), (6, 2), (40, 60)])
     def test_feature_weights_of_ties(self, total, alarms, device):
@@ -86,7 +88,7 @@ class TestSlots(LovaszTester):
 
 
 @both_losses
-@with_forms("traced", "dense")
+@with_forms("derived", "dense")
 class TestLovaszBins(LovaszTester):
     @pytest.mark.parametrize("num_bins", [1, 2, 5, 64, 1024])
     @pytest.mark.parametrize("case", CASES)
@@ -227,7 +229,7 @@ class TestLovaszBinsForms(LovaszTester):
         pred += learnt * (true if pred.shape[1] == 1 else torch.zeros_like(pred).scatter_(1, target.unsqueeze(1), 1.0))
         target[1, :20] = -100
         value, grad = value_and_grad(loss, pred, target, num_bins=num_bins, per_image=per_image)
-        for other_form, slab in (("dense", 777), ("traced", 777), ("traced", 1 << 22)):
+        for other_form, slab in (("dense", 777), ("derived", 777), ("derived", 1 << 22)):
             force_form(monkeypatch, other_form, slab)
             other, expected = value_and_grad(loss, pred, target, num_bins=num_bins, per_image=per_image)
             # The forms round the softmax differently, which can move a pixel at the edge of a bin.
@@ -254,4 +256,4 @@ class TestLovaszBinsForms(LovaszTester):
 
 def test_processes_on_cuda_are_not_compared():
     """To look at the answer would wait for the device. There is no group here: whoever asks it, fails."""
-    _check_agreement((1, 8, "hinge"), torch.device("cuda"), None)
+    check_agreement(torch.zeros(1, 8, device="meta"), Options("hinge", num_bins=8))

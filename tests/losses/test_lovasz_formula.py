@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closed form of the weights, and the table of the forms, each on its own."""
+"""The closed form of the weights on its own."""
 
 from fractions import Fraction
 from itertools import product
@@ -8,9 +8,7 @@ import pytest
 import torch
 from lovasz import jaccard_loss
 
-from kornia.losses._lovasz import closed_form
-from kornia.losses._lovasz_dispatch import _MIN_FAST, form_of
-from kornia.losses._lovasz_options import Options
+from kornia.losses._lovasz import jaccard_weights
 
 
 def differences(foreground):
@@ -24,7 +22,7 @@ def differences(foreground):
     return weights
 
 
-class TestClosedForm:
+class TestJaccardWeights:
     @pytest.mark.parametrize("counts", [torch.int32, torch.int64])
     @pytest.mark.parametrize("length", range(1, 9))
     def test_every_arrangement(self, length, counts, device):
@@ -32,7 +30,7 @@ class TestClosedForm:
             background = 1 - torch.tensor(foreground, dtype=counts, device=device)
             union = sum(foreground) + background.cumsum(0, dtype=counts)
             position = torch.arange(length, dtype=counts, device=device)
-            weights = closed_form(background, position, union, torch.float64)
+            weights = jaccard_weights(background, position, union, torch.float64)
             expected = [float(weight) for weight in differences(foreground)]
             torch.testing.assert_close(weights.tolist(), expected, rtol=1e-15, atol=0.0)
 
@@ -51,53 +49,5 @@ class TestClosedForm:
         tensors = (torch.tensor(each, dtype=counts, device=device) for each in (background, position, union))
         expected = torch.tensor([float(each) for each in expected], dtype=dtype, device=device)
         torch.testing.assert_close(
-            closed_form(*tensors, dtype), expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny
+            jaccard_weights(*tensors, dtype), expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny
         )
-
-
-class TestFormOf:
-    """The table of ``form_of``, line by line."""
-
-    few, many = (torch.zeros(1, 1, 1, count, device="cpu") for count in (_MIN_FAST - 1, _MIN_FAST))
-
-    @pytest.mark.parametrize(
-        ("logits", "options", "expected"),
-        [
-            (few, Options(), "dense"),
-            (many, Options(), "fast"),
-            (many.clone().requires_grad_(), Options(), "fast"),
-            (many, Options(num_bins=8), "dense"),
-            (many.to("meta"), Options(), "dense"),
-            (few.to("meta"), Options(), "dense"),
-        ],
-    )
-    def test_eager(self, logits, options, expected):
-        assert form_of(logits, None, options) == expected
-        assert form_of(logits, torch.ones(1, device=logits.device), options) == expected
-
-    def test_weight_that_learns(self):
-        assert form_of(self.many, torch.ones(1, requires_grad=True), Options()) == "traced"
-
-    @pytest.mark.parametrize("which", ["logits", "weight"])
-    @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual", "compile"])
-    def test_transforms(self, transform, which):
-        found = []
-
-        def observe(x):
-            logits, weight = (x, None) if which == "logits" else (self.many, x)
-            found.append(form_of(logits, weight, Options()))
-            return x.sum()
-
-        x = self.many if which == "logits" else torch.ones(1, device="cpu")
-        if transform == "vmap":
-            torch.func.vmap(observe)(x[None])
-        elif transform == "grad":
-            torch.func.grad(observe)(x)
-        elif transform == "jvp":
-            torch.func.jvp(observe, (x,), (x,))
-        elif transform == "dual":
-            with torch.autograd.forward_ad.dual_level():
-                observe(torch.autograd.forward_ad.make_dual(x, x))
-        else:
-            torch.compile(observe, backend="eager", fullgraph=True)(x)
-        assert found == ["traced"]

@@ -58,9 +58,9 @@ def make_model(case):
 
 def make_loss(case, group):
     if case[0] == "hinge":
-        return lambda *pair: lovasz_hinge_loss(*pair, per_image=False, num_bins=NUM_BINS, group=group)
+        return lambda *pair: lovasz_hinge_loss(*pair, per_image=False, num_bins=NUM_BINS, process_group=group)
     options = SOFTMAX_OPTIONS[case[2]]
-    return lambda *pair: lovasz_softmax_loss(*pair, per_image=False, num_bins=NUM_BINS, group=group, **options)
+    return lambda *pair: lovasz_softmax_loss(*pair, per_image=False, num_bins=NUM_BINS, process_group=group, **options)
 
 
 def join_group(rank, ranks, folder, seconds=60):
@@ -96,10 +96,10 @@ def train_in_group(rank, ranks, folder):
     alone = dist.new_group([0])
     messages = []
     pair = make_model(CASES[0])(features), target.clamp(max=1)
-    wrong = [{"num_bins": 8}, {"per_image": False}, {"per_image": False, "num_bins": 8, "group": alone}]
+    wrong = [{"num_bins": 8}, {"per_image": False}, {"per_image": False, "num_bins": 8, "process_group": alone}]
     for options in wrong[: 2 if rank == 0 else 3]:
         try:
-            lovasz_hinge_loss(*pair, **{"group": dist.group.WORLD, **options})
+            lovasz_hinge_loss(*pair, **{"process_group": dist.group.WORLD, **options})
         except ValueError as error:
             messages.append(str(error))
     torch.save((results, messages), Path(folder) / f"rank{rank}.pt")
@@ -114,10 +114,10 @@ def disagree(rank, ranks, folder):
     logits = {classes: torch.randn(2, classes, 4, 5) for classes in (1, 3, 4)}
 
     def hinge(num_bins=8):
-        return lovasz_hinge_loss(logits[1], target, per_image=False, num_bins=num_bins, group=dist.group.WORLD)
+        return lovasz_hinge_loss(logits[1], target, per_image=False, num_bins=num_bins, process_group=dist.group.WORLD)
 
     def softmax(count, classes="all"):
-        options = {"per_image": False, "num_bins": 8, "group": dist.group.WORLD}
+        options = {"per_image": False, "num_bins": 8, "process_group": dist.group.WORLD}
         return lovasz_softmax_loss(logits[count], target, classes=classes, **options)
 
     pairs = [
@@ -198,7 +198,7 @@ class TestGroup(BaseTester):
     def test_exception(self, trained):
         for rank, (_, messages) in enumerate(trained):
             for message, part in zip(messages, ("pass per_image=False", "pass num_bins", "must include this process")):
-                assert message.startswith("group ")
+                assert message.startswith("process_group ")
                 assert part in message
             assert len(messages) == (2 if rank == 0 else 3)
 
@@ -209,7 +209,7 @@ class TestGroup(BaseTester):
             results = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(3)]
         for messages, count, value in results:
             assert len(messages) == count
-            assert all(message.startswith("all processes of group must call the same loss") for message in messages)
+            assert all(message.startswith("all processes of process_group must call the same loss") for message in messages)
             assert torch.equal(value, results[0][2])
         assert "num_bins=8" in results[0][0][0]
         assert "num_bins=16" in results[2][0][0]

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from kornia.losses._lovasz_rank import rank_all, rank_candidates
+from kornia.losses._lovasz_cpu import _rank_rows
+from kornia.losses._lovasz_sort import sorted_weights
 
 
 def weights_of(errors, foreground):
@@ -60,14 +61,14 @@ class TestRank:
     def test_all(self, make_rows, shape, dtype, device):
         errors, foreground = make_rows(shape, dtype, device)
         expected = expected_weights(errors, foreground).to(device)
-        torch.testing.assert_close(rank_all(errors, foreground), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+        torch.testing.assert_close(sorted_weights(errors, foreground), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
     @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
     def test_candidates(self, make_rows, shape, dtype, share):
         """The others have the weight 0, and the candidates what they have among all."""
         errors, foreground = make_rows(shape, dtype, "cpu")
         smallest = errors.sort(1, descending=True).values[:, [math.ceil(share * (shape[1] - 1))]]
-        candidates = errors > smallest
+        candidates = errors >= smallest
         expected = expected_weights(errors, foreground) * candidates
-        weights = rank_candidates(errors, foreground, candidates, foreground.sum(1))
+        weights = _rank_rows(errors, foreground.view(torch.uint8), foreground.sum(1), smallest.squeeze(1))
         torch.testing.assert_close(weights, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
