@@ -105,7 +105,7 @@ def lovasz(task: Task, *, per_image: bool = False, classes: str = "present", num
     in the end. Under torchrun the batch is that of all processes.
     """
     group = dist.group.WORLD if dist.is_initialized() and not per_image else None
-    options = {"ignore_index": IGNORE, "per_image": per_image, "num_bins": num_bins, "group": group}
+    options = {"ignore_index": IGNORE, "per_image": per_image, "num_bins": num_bins, "process_group": group}
     return LovaszHingeLoss(**options) if task.is_binary else LovaszSoftmaxLoss(classes=classes, **options)
 
 

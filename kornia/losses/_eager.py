@@ -21,7 +21,9 @@ def values_of(tensor: Tensor) -> Optional[Tensor]:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     # by torch.jit.trace or make_fx
-    is_recorded = torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    is_recorded = (
+        torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
     is_plain = type(tensor) in (Tensor, torch.nn.Parameter)  # neither fake, as in torch.export, nor another subclass
     return tensor if is_plain and not is_recorded else None
 

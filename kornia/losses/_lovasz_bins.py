@@ -63,7 +63,7 @@ def binned_weights(errors: Tensor, foreground: Tensor, options: Options) -> tupl
         the weights ``(R, N)``, and the foreground size of each row in all processes, int64 ``(R,)``.
     """
     rows, count = errors.shape
-    num_bins, group = options.num_bins, options.process_group
+    num_bins, group = options.num_bins or 1, options.process_group
     if errors.numel() == 0:
         if group is None:
             return torch.zeros_like(errors), foreground.sum(1)

@@ -46,9 +46,7 @@ def losses_and_gradient(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _single_class(
-    pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options
-) -> tuple[Tensor, Tensor]:
+def _single_class(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
     shape = (pred.shape[0] if options.per_image else 1, -1)
     logits, labels = pred.reshape(shape), target.reshape(shape)
     gradient = torch.empty(logits.shape, dtype=options.dtype_of(pred, weight), device="cpu")
@@ -63,9 +61,7 @@ def _single_class(
     return torch.cat(losses), gradient.view(pred.shape[0], 1, -1)
 
 
-def _rows_of_margins(
-    logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]
-) -> Tensor:
+def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]) -> Tensor:
     """Losses of rows of pixels ``(R, N)``, one for each group; their gradient overwrites a tensor."""
     margins = torch.empty_like(gradient)
     foreground, sizes, smallest, largest = _measure_margins(logits, labels, margins, ignore_index)
@@ -134,7 +130,7 @@ def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Op
     measured = (torch.cat(each) for each in zip(*in_pieces(passes.measure, passes.pieces)))
     sizes, smallest, largest = (each.view(passes.groups, -1, pred.shape[1]) for each in measured)
     sizes, smallest = sizes.sum(1), smallest.amin(1)
-    factors = class_factors(options.classes, weight, sizes, options.divisor(len(target)), passes.errors.dtype)
+    factors = class_factors(options.classes or "all", weight, sizes, options.divisor(len(target)), passes.errors.dtype)
     passes.rank(sizes, smallest, factors)
     alone = passes.find_alone(largest, (factors != 0) & (sizes == 0), factors)
     losses = torch.cat(in_pieces(passes.apply, passes.pieces)).view(passes.groups, -1).sum(1)
@@ -145,8 +141,8 @@ def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Op
 class _SoftmaxPasses:
     """The passes over logits ``(B, C, N)`` and what they leave for each other.
 
-    A *row* ``g * C + c`` is the pixels of the images of group ``g``, for class ``c``. A *piece* is of some images, or of
-    some pixels of one, in all classes.
+    A *row* ``g * C + c`` is the pixels of the images of group ``g``, for class ``c``. A *piece* is of some images, or
+    of some pixels of one, in all classes.
     """
 
     def __init__(self, pred: Tensor, target: Tensor, dtype: torch.dtype, options: Options) -> None:
@@ -203,7 +199,9 @@ class _SoftmaxPasses:
         # Of each label in each group: its place among the rows of the group, and whether it has one.
         self.places = torch.zeros((self.groups, self.num_classes + 1), dtype=torch.int64, device="cpu")
         self.has_place = torch.zeros_like(self.places, dtype=factors.dtype)
-        self.places[group, channel] = torch.arange(len(kept), device="cpu") - torch.tensor(self.bounds, device="cpu")[group]
+        self.places[group, channel] = (
+            torch.arange(len(kept), device="cpu") - torch.tensor(self.bounds, device="cpu")[group]
+        )
         self.has_place[group, channel] = 1.0
         length = self.labels.numel() // self.groups
         self.weights = torch.zeros((len(kept), length), dtype=factors.dtype, device="cpu")

@@ -56,7 +56,7 @@ def _single_class(logits: Tensor, labels: Tensor, options: Options) -> tuple[Ten
         margins = margins.masked_fill(~valid, float("-inf"))
     errors = (1.0 + margins).relu()
     ranked = errors if options.num_bins is not None else margins
-    weights = _rank(ranked.detach(), foreground, options)[0].div_(options.divisor(len(logits)))
+    weights = _rank(ranked.detach(), foreground, options)[0].div_(options.divisor(logits.shape[0]))
     # The product of no weight and an infinite error would be nan. An error that is nan must stay.
     counted = errors.masked_fill((weights == 0) & errors.isinf(), 0.0)
     return (counted * weights).sum((1, 2)), torch.where(errors.detach() <= 0, 0.0, signs * weights)
@@ -90,7 +90,7 @@ def _softmax(logits: Tensor, labels: Tensor, weight: Optional[Tensor], options: 
         errors = errors.masked_fill_(~valid, -1.0)
     weights, sizes = _rank(errors, foreground, options)
     del errors
-    factors = class_factors(options.classes, weight, sizes, options.divisor(batch), logits.dtype)
+    factors = class_factors(options.classes or "all", weight, sizes, options.divisor(batch), logits.dtype)
     weights = weights * factors.unsqueeze(-1)
     weights = weights + weights.gather(1, labels)
     weights = weights.masked_fill_(foreground if valid is None else foreground | ~valid, 0.0)

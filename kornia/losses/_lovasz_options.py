@@ -58,7 +58,9 @@ class Options(NamedTuple):
 
     def _check_process_group(self) -> None:
         if self.process_group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("process_group must include this process: pass one made with its rank. Got: one without it")
+            raise ValueError(
+                "process_group must include this process: pass one made with its rank. Got: one without it"
+            )
         if not isinstance(self.process_group, torch.distributed.ProcessGroup):
             raise ValueError(
                 f"process_group must be None or a torch.distributed process group. Got: {self.process_group!r}"

@@ -23,7 +23,7 @@ def sorted_weights(errors: Tensor, foreground: Tensor) -> Tensor:
     Pixels to ignore must be background with an error below every valid one. They then rank last, where the weight of a
     background pixel is 0, unless there is no valid pixel at all. The foreground is bool or bytes.
     """
-    rows, length = errors.shape
+    length = errors.shape[1]
     if is_eager(errors) and errors.numel() > max(_SLAB, length):
         step = max(1, _SLAB // length)
         return torch.cat([sorted_weights(*part) for part in zip(errors.split(step), foreground.split(step))])

@@ -84,8 +84,8 @@ def lovasz_softmax_loss(
             the order matters, instead of sorted. The loss is never above the exact one, and below it by at most
             ``1 / num_bins``; at 1024, loss and gradient usually agree to 1e-5 and 2e-3. An absent class stays exact.
             Each run gives the same result.
-        process_group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its processes
-            are scored as one batch, so each of them returns the loss of the global batch. The gradient is scaled for
+        process_group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its
+            processes are scored as one batch, so each of them returns the loss of the global batch. The gradient is scaled for
             averaging over the processes, as DistributedDataParallel does. Needs ``per_image=False`` and
             ``num_bins``; each process of the group must call the loss, though its batch may be empty.
 
@@ -97,8 +97,8 @@ def lovasz_softmax_loss(
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, C, H, W)` or ``target`` is not :math:`(B, H, W)`.
         ValueError: if ``pred`` has one class, the batch or image sizes or the devices differ, ``reduction`` is
-            unknown, ``num_bins`` is out of range, ``process_group`` comes without what it needs, or ``classes`` is an unknown
-            string, empty, repeats a class or names one that ``pred`` lacks.
+            unknown, ``num_bins`` is out of range, ``process_group`` comes without what it needs, or ``classes`` is an
+            unknown string, empty, repeats a class or names one that ``pred`` lacks.
         BaseError: if ``weight`` does not hold one value per class or is on another device.
         TypeCheckError: if ``weight`` is not a tensor.
         RuntimeError: if a label on the CPU is neither in :math:`[0, C)` nor ``ignore_index``, or if another process of

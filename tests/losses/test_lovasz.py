@@ -117,7 +117,13 @@ class TestLovaszChecks(LovaszTester):
 
     def test_signature(self, loss):
         """The options and what they are if not given, of the function and of the module."""
-        expected = {"ignore_index": -100, "per_image": True, "reduction": "mean", "num_bins": None, "process_group": None}
+        expected = {
+            "ignore_index": -100,
+            "per_image": True,
+            "reduction": "mean",
+            "num_bins": None,
+            "process_group": None,
+        }
         if loss is SOFTMAX:
             expected["classes"] = "all"
         for function in (loss.function, loss.module):

@@ -209,7 +209,9 @@ class TestGroup(BaseTester):
             results = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(3)]
         for messages, count, value in results:
             assert len(messages) == count
-            assert all(message.startswith("all processes of process_group must call the same loss") for message in messages)
+            assert all(
+                message.startswith("all processes of process_group must call the same loss") for message in messages
+            )
             assert torch.equal(value, results[0][2])
         assert "num_bins=8" in results[0][0][0]
         assert "num_bins=16" in results[2][0][0]

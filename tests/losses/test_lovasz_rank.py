@@ -61,7 +61,9 @@ class TestRank:
     def test_all(self, make_rows, shape, dtype, device):
         errors, foreground = make_rows(shape, dtype, device)
         expected = expected_weights(errors, foreground).to(device)
-        torch.testing.assert_close(sorted_weights(errors, foreground), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+        torch.testing.assert_close(
+            sorted_weights(errors, foreground), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0
+        )
 
     @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
     def test_candidates(self, make_rows, shape, dtype, share):
