@@ -33,7 +33,6 @@ from torch import Tensor
 from ._eager import is_eager
 from ._lovasz_group import check_agreement, range_of_all
 from ._lovasz_options import Options
-from ._threads import in_pieces
 
 # From the smallest error to the largest, the width of the narrow bins doubles this many times.
 _OCTAVES = 24

@@ -26,7 +26,7 @@ from ._threads import in_pieces
 # How many errors are handled at a time.
 _PIECE = 1 << 17
 
-# Errors (or what ascends with them), foreground and weights of pixels, to what is kept of each and their part in the loss.
+# Errors (or what ascends with them), foreground and weights, to what is kept of each pixel and their part in the loss.
 Use = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -99,7 +99,7 @@ def _measure_margins(
     torch.mul(signs, logits, out=margins)
     if valid is not None:
         margins.masked_fill_(~valid, float("-inf"))
-    # The maximum is a margin on the foreground and a number above all margins elsewhere: faster than to choose by a mask.
+    # The maximum is a margin on the foreground and a number above all elsewhere: faster than to choose by a mask.
     smallest = signs.mul_(torch.finfo(signs.dtype).max).maximum(margins).amin(1)
     return foreground, foreground.sum(1), smallest, margins.amax(1)
 

@@ -56,8 +56,8 @@ def lovasz_hinge_loss(
             largest error divided by ``num_bins``; at 1024, loss and gradient usually agree to 1e-5 and 2e-3. An
             absent class stays exact. Each run gives the same result.
         process_group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its
-            processes are scored as one batch, so each of them returns the loss of the global batch. The gradient is scaled for
-            averaging over the processes, as DistributedDataParallel does. Needs ``per_image=False`` and
+            processes are scored as one batch, so each of them returns the loss of the global batch. The gradient is
+            scaled for averaging over the processes, as DistributedDataParallel does. Needs ``per_image=False`` and
             ``num_bins``; each process of the group must call the loss, though its batch may be empty.
 
     Returns:
