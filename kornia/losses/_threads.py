@@ -12,25 +12,22 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Callable, Iterable, TypeVar
+from typing import Any, Callable, Iterable
 
 import torch
-
-Piece = TypeVar("Piece")
-Result = TypeVar("Result")
 
 # By process, as the threads of a process do not survive its fork, and by their number.
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _locks: dict[int, threading.Lock] = {}
 
 
-def in_pieces(work: Callable[[Piece], Result], pieces: Iterable[Piece]) -> list[Result]:
+def in_pieces(work: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
     """Do ``[work(piece) for piece in pieces]`` without autograd, by as many threads as PyTorch may use here.
 
     Where that is one thread, as in a worker, the caller does it all. An exception ends the work and is raised here.
     """
     todo = deque(enumerate(pieces))
-    results: dict[int, Result] = {}
+    results: dict[int, Any] = {}
     inference = torch.is_inference_mode_enabled()
 
     def take_pieces() -> None:
