@@ -78,6 +78,7 @@ def lovasz_hinge_loss(
         [2] M. Berman, A. Rannen Triki and M. B. Blaschko, The Lovász-Softmax loss, CVPR 2018, arXiv:1705.08790.
 
     Example:
+        >>> import torch
         >>> pred = torch.tensor([[[[2.0, -0.5], [0.25, -3.0]]]], requires_grad=True)
         >>> target = torch.tensor([[[1, 1], [0, 0]]])
         >>> loss = lovasz_hinge_loss(pred, target)  # errors 1.5, 1.25; weights 1/2, 1/6
@@ -116,6 +117,7 @@ class LovaszHingeLoss(LovaszModule):
         - output: 0-d; with reduction "none" :math:`(B,)`, or :math:`(1,)` for a batch-wide group.
 
     Example:
+        >>> import torch
         >>> criterion = LovaszHingeLoss(per_image=False)
         >>> pred = torch.zeros(2, 1, 3, 5, requires_grad=True)
         >>> target = torch.ones(2, 3, 5, dtype=torch.long)
