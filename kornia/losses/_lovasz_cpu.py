@@ -3,30 +3,31 @@
 
 A background error below every foreground error of its class has the weight 0, as no foreground is left to pass. So has,
 for the loss, a hinge error of 0. Of a class without foreground, the largest error alone counts. What remains are the
-*candidates*: those that reach the *floor* of their row, the pixels of one class in one group.
+*candidates*: the errors of a row, one class in one group, from its *floor* up.
 
-The work goes through the pixels, to the errors; through the rows, to the weights; and through the pixels again, to the
-loss and its gradient. Each time it is divided into pieces whose temporaries stay in the cache.
+A group is passed through three times: from logits to errors, by pieces of its pixels; from errors to weights, by rows;
+and from weights to the loss and the gradient, which takes the place of the errors.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 from torch import Tensor
 
 from ._labels import binary_labels, class_labels
-from ._lovasz import class_factors
+from ._lovasz import class_factors, jaccard_weights
 from ._lovasz_options import Options
-from ._lovasz_sort import descending_order, weights_of_rows, weights_of_segments
+from ._lovasz_sort import descending_order
 from ._threads import in_pieces
 
-# How many errors are handled at a time.
+# How many errors are handled at a time, so that temporaries stay in the cache.
 _PIECE = 1 << 17
 
-# Errors (or what ascends with them), foreground and weights, to what is kept of each pixel and their part in the loss.
+# Sorted candidates (errors, or what ascends with them), 1 where they are background, and their weights, to what is kept
+# of each and to their part in the loss.
 Use = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -34,11 +35,20 @@ def losses_and_gradient(
     pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options
 ) -> tuple[Tensor, Tensor]:
     """What :func:`._lovasz_dense.losses_and_gradient` computes, exact."""
-    form = _single_class if options.classes is None else _softmax
-    if pred.numel() > 2 * _PIECE:
-        return form(pred, target, weight, options)
-    # Handing out several pieces would take longer than it spares.
-    return in_pieces(lambda pred: form(pred, target, weight, options), [pred])[0]
+    batch, form = target.shape[0], _single_class if options.classes is None else _softmax
+    pred = pred.flatten(2).expand(batch, -1, -1)
+    gradient = torch.empty(pred.shape, dtype=options.dtype_of(pred, weight), device="cpu")
+    divisor, step = options.divisor(batch), 1 if options.per_image else batch
+    groups = zip(*(tensor.split(step) for tensor in (pred, target.flatten(1), gradient)))
+    losses = _each(lambda group: form(*group, weight, divisor, options), groups, pred[:step].numel())
+    return torch.stack(losses), gradient
+
+
+def _each(work: Callable[[Any], Any], items: Iterable[Any], size: int) -> list[Any]:
+    """Work on items of so many errors: as pieces, or one after the other where they are divided into pieces again."""
+    items, threads = list(items), torch.get_num_threads()
+    is_even = len(items) % threads == 0 or len(items) > 4 * threads
+    return in_pieces(work, items) if is_even or size <= 2 * _PIECE else [work(item) for item in items]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,78 +56,42 @@ def losses_and_gradient(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _single_class(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-    shape = (pred.shape[0] if options.per_image else 1, -1)
-    logits, labels = pred.reshape(shape), target.reshape(shape)
-    gradient = torch.empty(logits.shape, dtype=options.dtype_of(pred, weight), device="cpu")
-    use = partial(_hinge, divisor=options.divisor(len(logits)))
-    rows = (logits, labels, gradient)
-    if logits.shape[1] > 2 * _PIECE:
-        losses = [_long_row_of_margins(*row, use, options.ignore_index) for row in zip(*rows)]
-    else:
-        step = max(1, _PIECE // logits.shape[1])
-        pieces = zip(*(tensor.split(step) for tensor in rows))
-        losses = in_pieces(lambda piece: _rows_of_margins(*piece, use, options.ignore_index), pieces)
-    return torch.cat(losses), gradient.view(pred.shape[0], 1, -1)
-
-
-def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]) -> Tensor:
-    """Losses of rows of pixels ``(R, N)``, one for each group; their gradient overwrites a tensor."""
-    margins = torch.empty_like(gradient)
-    foreground, sizes, smallest, largest = _measure_margins(logits, labels, margins, ignore_index)
-    weights = _rank_rows(margins, foreground, sizes, _floors(smallest, largest))
-    values, losses = use(margins, foreground, weights)
-    gradient.copy_(values)
-    return losses.masked_fill_(largest.isnan(), float("nan"))
-
-
-def _long_row_of_margins(
-    logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]
+def _single_class(
+    pred: Tensor, target: Tensor, gradient: Tensor, _: Optional[Tensor], divisor: int, options: Options
 ) -> Tensor:
-    """The same for one row ``(N,)``, in pieces."""
-    # Where the gradient will be, the margins are kept before.
-    pieces = zip(*(tensor.view(1, -1).split(_PIECE, 1) for tensor in (logits, labels, gradient)))
-    measured = in_pieces(lambda piece: _measure_margins(*piece, ignore_index)[1:], pieces)
-    sizes, smallest, largest = (torch.cat(each) for each in zip(*measured))
-    largest = largest.amax(0, keepdim=True)
-    floor = _floors(smallest.amin(0, keepdim=True), largest)
-    losses = _rank_long_row(gradient, labels, 1, sizes.sum(0, keepdim=True), floor, gradient, use)
-    return losses.masked_fill_(largest.isnan(), float("nan"))
+    """Loss of one group of logits ``(B, 1, N)``; its gradient overwrites a tensor."""
+    row, labels = gradient.view(-1), target.flatten()
+
+    def measure(piece: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """From logits to margins, which ascend with the errors. Return the foreground size and two margins."""
+        logits, labels, margins = piece
+        foreground, valid = binary_labels(labels, options.ignore_index)
+        signs = torch.empty_like(margins).copy_(foreground.view(torch.uint8)).mul_(-2.0).add_(1.0)
+        torch.mul(signs, logits, out=margins)
+        if valid is not None:
+            margins.masked_fill_(~valid, float("-inf"))
+        # The maximum is a margin on the foreground and above all elsewhere: faster than to choose by a mask.
+        smallest = signs.mul_(torch.finfo(signs.dtype).max).maximum(margins).amin()
+        return foreground.count_nonzero(), smallest, margins.amax()
+
+    pieces = zip(*(tensor.split(2 * _PIECE) for tensor in (pred.flatten(), labels, row)))
+    sizes, smallest, largest = (torch.stack(each) for each in zip(*in_pieces(measure, pieces)))
+    largest = largest.amax()
+    # A hinge error is above 0, where the margin is above -1.
+    above = torch.nextafter(largest.new_tensor(-1.0), largest.new_tensor(0.0))
+    floor = torch.stack([smallest.amin(), largest]).amin().maximum(above)
+    loss = _rank(row, labels, 1, sizes.sum(), floor, row, partial(_hinge, divisor=divisor))
+    return torch.where(largest.isnan(), largest, loss)
 
 
-def _measure_margins(
-    logits: Tensor, labels: Tensor, margins: Tensor, ignore_index: Optional[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overwrite ``margins``, which ascend with the errors, of pixels ``(R, N)``.
-
-    Returns:
-        the foreground, bytes ``(R, N)``; and of each row its size, its smallest margin and the largest margin of all.
-    """
-    foreground, valid = binary_labels(labels, ignore_index)
-    foreground = foreground.view(torch.uint8)  # which PyTorch turns into numbers several times as fast as bools
-    signs = torch.empty_like(margins).copy_(foreground).mul_(-2.0).add_(1.0)
-    torch.mul(signs, logits, out=margins)
-    if valid is not None:
-        margins.masked_fill_(~valid, float("-inf"))
-    # The maximum is a margin on the foreground and a number above all elsewhere: faster than to choose by a mask.
-    smallest = signs.mul_(torch.finfo(signs.dtype).max).maximum(margins).amin(1)
-    return foreground, foreground.sum(1), smallest, margins.amax(1)
-
-
-def _floors(smallest: Tensor, largest: Tensor) -> Tensor:
-    """The smallest margin of a candidate: of a hinge error above 0, no smaller than that of all foreground."""
-    above = torch.nextafter(smallest.new_tensor(-1.0), smallest.new_tensor(0.0))
-    return smallest.minimum(largest).maximum(above)
-
-
-def _hinge(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Gradient of the hinge loss, and the loss of each row."""
+def _hinge(margins: Tensor, background: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Gradient and loss."""
     weights = weights.div_(divisor)
-    errors = (margins + 1.0).relu_()
-    losses = errors.mul(weights).sum(-1)
-    if losses.isnan().any():  # the product of no weight and an infinite error
-        losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
-    return errors.copy_(foreground).mul_(-2.0).add_(1.0).mul_(weights), losses
+    errors = margins.add(1.0)
+    loss = errors.mul(weights).sum()
+    if loss.isnan():  # the product of no weight and an infinite error
+        loss = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum()
+    return errors.copy_(background).mul_(2.0).sub_(1.0).mul_(weights), loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,176 +99,106 @@ def _hinge(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-    passes = _SoftmaxPasses(pred, target, options.dtype_of(pred, weight), options)
-    measured = (torch.cat(each) for each in zip(*in_pieces(passes.measure, passes.pieces)))
-    sizes, smallest, largest = (each.view(passes.groups, -1, pred.shape[1]) for each in measured)
-    sizes, smallest = sizes.sum(1), smallest.amin(1)
-    factors = class_factors(options.classes or "all", weight, sizes, options.divisor(len(target)), passes.errors.dtype)
-    passes.rank(sizes, smallest, factors)
-    alone = passes.find_alone(largest, (factors != 0) & (sizes == 0), factors)
-    losses = torch.cat(in_pieces(passes.apply, passes.pieces)).view(passes.groups, -1).sum(1)
-    passes.errors.index_put_(*alone, accumulate=True)
-    return losses.masked_fill_(largest.amax((1, 2)).isnan(), float("nan")), passes.errors
+def _softmax(
+    pred: Tensor, target: Tensor, gradient: Tensor, weight: Optional[Tensor], divisor: int, options: Options
+) -> Tensor:
+    """Loss of one group of logits ``(B, C, N)``; its gradient overwrites a tensor."""
+    group = _SoftmaxGroup(pred, target, gradient, options.ignore_index)
+    sizes, smallest, largest = (torch.stack(each) for each in zip(*in_pieces(group.measure, group.pieces)))
+    sizes, smallest = sizes.sum(0), smallest.amin(0)
+    factors = class_factors(options.classes or "all", weight, sizes.unsqueeze(0), divisor, gradient.dtype)[0]
+    group.rank(sizes, smallest, factors)
+    alone = group.find_alone(largest, ((factors != 0) & (sizes == 0)).nonzero().squeeze(1), factors)
+    loss = torch.stack(in_pieces(group.finish, group.pieces)).sum()
+    gradient.index_put_(*alone, accumulate=True)
+    return torch.where(largest.amax().isnan(), float("nan"), loss)
 
 
-class _SoftmaxPasses:
-    """The passes over logits ``(B, C, N)`` and what they leave for each other.
+class _SoftmaxGroup:
+    """The passes through a group of images, and what they leave for each other. A piece is of pixels of one image."""
 
-    A *row* ``g * C + c`` is the pixels of the images of group ``g``, for class ``c``. A *piece* is of some images, or
-    of some pixels of one, in all classes.
-    """
+    def __init__(self, pred: Tensor, target: Tensor, gradient: Tensor, ignore_index: Optional[int]) -> None:
+        self.logits, self.target, self.errors, self.ignore_index = pred, target, gradient, ignore_index
+        batch, num_classes, count = pred.shape
+        codes = torch.uint8 if num_classes < 256 else torch.int32
+        self.labels = torch.empty((batch, count), dtype=codes, device="cpu")  # the number of classes if ignored
+        self.labelled = torch.empty((batch, count), dtype=gradient.dtype, device="cpu")  # probability of the label
+        self.share = torch.zeros_like(self.labelled)  # of the pixel in the loss
+        self.width = min(count, max(1, _PIECE // num_classes))
+        self.pieces = [(i, slice(j, j + self.width)) for i in range(batch) for j in range(0, count, self.width)]
 
-    def __init__(self, pred: Tensor, target: Tensor, dtype: torch.dtype, options: Options) -> None:
-        self.options, self.target = options, target.flatten(1)
-        batch, count = self.target.shape
-        self.logits = pred.flatten(2).expand(batch, -1, -1)
-        num_classes = self.num_classes = pred.shape[1]
-        self.groups = batch if options.per_image else 1
-        # The errors, in whose place the gradient will be; the probability of the label; the label, C if ignored.
-        self.errors = torch.empty(self.logits.shape, dtype=dtype, device="cpu")
-        self.labelled = torch.empty((batch, count), dtype=dtype, device="cpu")
-        codes = torch.uint8 if num_classes < 256 else torch.int16 if num_classes < 1 << 15 else torch.int32
-        self.labels = torch.empty((batch, count), dtype=codes, device="cpu")
-        self.images, self.width = max(1, _PIECE // (num_classes * count)), min(count, max(1, _PIECE // num_classes))
-        starts = [(image, pixel) for image in range(0, batch, self.images) for pixel in range(0, count, self.width)]
-        self.pieces = [(slice(i, i + self.images), slice(j, j + self.width)) for i, j in starts]
-
-    def measure(self, piece: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(self, piece: tuple[int, slice]) -> tuple[Tensor, Tensor, Tensor]:
         """From logits to errors. Return, of each class: its size, its smallest error and the largest of all errors."""
-        image, pixel = piece
-        labels, valid = class_labels(self.target[image, pixel], self.num_classes, self.options.ignore_index)
-        errors = self.logits[image, :, pixel].to(self.errors.dtype).softmax(1)
+        num_classes = self.logits.shape[1]
+        labels, valid = class_labels(self.target[piece], num_classes, self.ignore_index)
+        errors = self.logits[piece[0], :, piece[1]].to(self.errors.dtype).softmax(0)
         found = labels
         if valid is not None:
-            found = labels.masked_fill(~valid, self.num_classes)
-            for one, ignored in zip(errors, ~valid):
-                one.index_fill_(1, ignored.nonzero().squeeze(1), 0.0)
-        index = labels.unsqueeze(1)
-        self.labelled[image, pixel] = errors.gather(1, index).squeeze(1)
+            found = labels.masked_fill(~valid, num_classes)
+            errors.index_fill_(1, (~valid).nonzero().squeeze(1), 0.0)
+        index = labels.unsqueeze(0)
+        self.labelled[piece] = errors.gather(0, index)[0]
         # The error of the foreground is the sum of the other probabilities.
-        others = errors.scatter_(1, index, 0.0).sum(1)
-        self.errors[image, :, pixel] = errors.scatter_(1, index, others.unsqueeze(1))
-        self.labels[image, pixel] = found
-        sizes = torch.zeros((len(found), self.num_classes + 1), dtype=torch.int64, device="cpu")
-        sizes.scatter_add_(1, found, torch.ones_like(found))
-        smallest = torch.full(sizes.shape, torch.inf, dtype=errors.dtype, device="cpu")
-        smallest.scatter_reduce_(1, found, others, "amin")
-        return sizes[:, :-1], smallest[:, :-1], errors.amax(2)
+        others = errors.scatter_(0, index, 0.0).sum(0)
+        self.errors[piece[0], :, piece[1]] = errors.scatter_(0, index, others.unsqueeze(0))
+        self.labels[piece] = found
+        smallest = torch.full((num_classes + 1,), torch.inf, dtype=errors.dtype, device="cpu")
+        smallest.scatter_reduce_(0, found, others, "amin")
+        return found.bincount(minlength=num_classes + 1)[:-1], smallest[:-1], errors.amax(1)
 
     def rank(self, sizes: Tensor, smallest: Tensor, factors: Tensor) -> None:
-        """From errors to weights, which include the factors, of the rows that have foreground and a factor.
-
-        Args:
-            sizes: foreground pixels ``(groups, C)``.
-            smallest: their smallest errors ``(groups, C)``.
-            factors: of the classes ``(groups, C)``.
-        """
-        ranked = ((factors != 0) & (sizes > 0)).flatten().nonzero().squeeze(1)
-        # A piece of several groups needs rows that they have in common.
-        kept = torch.arange(factors.numel(), device="cpu") if self.options.per_image and self.images > 1 else ranked
-        group, channel = kept // self.num_classes, kept % self.num_classes
-        self.bounds = torch.searchsorted(group, torch.arange(self.groups + 1, device="cpu")).tolist()
-        self.channels = channel
-        # Of each label in each group: its place among the rows of the group, and whether it has one.
-        self.places = torch.zeros((self.groups, self.num_classes + 1), dtype=torch.int64, device="cpu")
-        self.has_place = torch.zeros_like(self.places, dtype=factors.dtype)
-        self.places[group, channel] = (
-            torch.arange(len(kept), device="cpu") - torch.tensor(self.bounds, device="cpu")[group]
-        )
-        self.has_place[group, channel] = 1.0
-        length = self.labels.numel() // self.groups
-        self.weights = torch.zeros((len(kept), length), dtype=factors.dtype, device="cpu")
-        if len(ranked) == 0:
-            return
+        """From errors to weights, times the factors, of the classes that have foreground and a factor."""
+        self.classes = ((factors != 0) & (sizes > 0)).nonzero().squeeze(1)
+        self.weights = torch.empty((len(self.classes), *self.labels.shape), dtype=factors.dtype, device="cpu")
         # A pixel whose error is 0 has no part in the loss or its gradient, whatever its weight.
         tiny = torch.finfo(factors.dtype).smallest_normal * torch.finfo(factors.dtype).eps
-        # Of each ranked row: itself, where its weights are, its foreground size, the floor of its errors, its factor.
-        each = [ranked, torch.searchsorted(kept, ranked)]
-        each += [values.flatten().index_select(0, ranked) for values in (sizes, smallest.clamp(min=tiny), factors)]
-        pieces = list(zip(*(values.split(max(1, _PIECE // length)) for values in each)))
-        if length <= 2 * _PIECE or len(ranked) >= 2 * torch.get_num_threads():
-            in_pieces(self._rank_rows, pieces)
-        else:  # one row after the other, each in pieces
-            for piece in pieces:
-                self._rank_rows(piece)
+        floors, labels = smallest.clamp(min=tiny), self.labels.view(-1)
 
-    def _rank_rows(self, piece: tuple[Tensor, ...]) -> None:
-        rows, places, sizes, floors, factors = piece
-        labels = self.labels.view(self.groups, -1)
-        group, channel = rows // self.num_classes, rows % self.num_classes
-        if self.options.per_image:
-            errors = self.errors.flatten(0, 1).index_select(0, rows)
-        else:
-            errors = self.errors.index_select(1, rows).transpose(0, 1).flatten(1)
-        if errors.shape[1] > 2 * _PIECE:
-            use = partial(_scaled, factor=factors)
-            where = labels[group[0]], int(channel)
-            _rank_long_row(errors[0], *where, sizes, floors, self.weights[places[0]], use)
-        else:
-            foreground = labels.index_select(0, group) == channel.unsqueeze(1)
-            weights = _rank_rows(errors, foreground.view(torch.uint8), sizes, floors).mul_(factors.unsqueeze(1))
-            self.weights.index_copy_(0, places, weights)
+        def rank(row: tuple[int, int]) -> None:
+            place, c = row
+            errors, out = self.errors[:, c].flatten(), self.weights[place].view(-1)
+            _rank(errors, labels, c, sizes[c], floors[c], out, lambda _, __, weights: (weights * factors[c], weights[:0]))
+
+        _each(rank, enumerate(self.classes.tolist()), len(labels))
 
     def find_alone(self, largest: Tensor, absent: Tensor, factors: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Where the largest errors of absent classes are in ``(B, C, N)``, and their parts in the loss.
+        """Where the largest errors of absent classes are in ``(B, C, N)``, and their parts in the loss."""
+        piece = largest.argmax(0)[absent]
+        starts = torch.tensor([(image, pixels.start) for image, pixels in self.pieces], device="cpu")
+        image, start = starts[piece].unbind(1)
+        step = max(1, _PIECE // self.width)
 
-        Args:
-            largest: errors of each class in each piece of each group ``(groups, *, C)``.
-            absent: which classes of a group have no foreground and a factor, bool ``(groups, C)``.
-            factors: of the classes ``(groups, C)``.
-        """
-        count = self.errors.shape[2]
-        group, channel = absent.nonzero().unbind(1)
-        line = largest.argmax(1)[group, channel]  # among the pieces of its group
-        per_image = -(-count // self.width)
-        image = group * (len(self.errors) // self.groups) + line // per_image
-        start = line % per_image * self.width
+        def find(rows: tuple[Tensor, ...]) -> Tensor:
+            image, c, start = (each.unsqueeze(1) for each in rows)
+            pixels = (start + torch.arange(self.width, device="cpu")).clamp_(max=self.errors.shape[2] - 1)
+            return pixels.gather(1, self.errors[image, c, pixels].argmax(1, keepdim=True)).squeeze(1)
 
-        def find(some: tuple[Tensor, ...]) -> Tensor:
-            image, channel, start = (each.unsqueeze(1) for each in some)
-            pixels = (start + torch.arange(self.width, device="cpu")).clamp_(max=count - 1)
-            return pixels.gather(1, self.errors[image, channel, pixels].argmax(1, keepdim=True)).squeeze(1)
+        pixels = torch.cat(in_pieces(find, zip(image.split(step), absent.split(step), start.split(step))))
+        parts = self.errors[image, absent, pixels] * factors[absent]
+        self.share.index_put_((image, pixels), parts, accumulate=True)
+        return (image, absent, pixels), parts
 
-        step = max(1, _PIECE // max(1, self.width))
-        found = in_pieces(find, zip(*(each.split(step) for each in (image, channel, start))))
-        where = image, channel, torch.cat(found)
-        parts = self.errors[where] * factors[group, channel]
-        self.share = torch.zeros_like(self.labelled).index_put_((image, where[2]), parts, accumulate=True)
-        return where, parts
-
-    def apply(self, piece: tuple[slice, slice]) -> Tensor:
-        """From weights to the gradient, in place of the errors. Return the part of each image in the loss.
+    def finish(self, piece: tuple[int, slice]) -> Tensor:
+        """From weights to the gradient, in place of the errors. Return the part in the loss.
 
         With h as in the dense form: lift is the part of h that the classes of a pixel share, the foreground weight, and
         share is sum(p * h), the part of the pixel in the loss. The gradient is p * (h - share).
         """
-        image, pixel = piece
-        errors, labels = self.errors[image, :, pixel], self.labels[image, pixel].to(torch.int64)
-        group = image if self.options.per_image else slice(0, 1)
-        first, last = self.bounds[group.start], self.bounds[min(group.stop, self.groups)]
-        shape = (len(self.places[group]), -1, len(self.errors) // self.groups, self.errors.shape[2])
-        weights = self.weights[first:last].view(shape)[:, :, :, pixel]
-        weights = weights.squeeze(2) if self.options.per_image else weights[0, :, image].transpose(0, 1)
-        channels = self.channels[first : first + weights.shape[1]]
-        is_all = weights.shape[1] == self.num_classes
-        parts = (errors if is_all else errors.index_select(1, channels)) * weights
-        share = parts.sum(1).add_(self.share[image, pixel])
-        lift = torch.zeros_like(share)
-        if len(channels) > 0:
-            places = self.places[group].expand(len(labels), -1).gather(1, labels)
-            lift = weights.gather(1, places.unsqueeze(1)).squeeze(1)
-            lift.mul_(self.has_place[group].expand(len(labels), -1).gather(1, labels))
-        errors.mul_((lift - share).unsqueeze(1))
-        _ = errors.add_(parts) if is_all else errors.index_add_(1, channels, parts)
-        labels = labels.clamp_(max=self.num_classes - 1).unsqueeze(1)
-        errors.scatter_(1, labels, self.labelled[image, pixel].mul(share).neg_().unsqueeze(1))
-        return share.sum(1)
-
-
-def _scaled(errors: Tensor, foreground: Tensor, weights: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights times the factor of their class; the loss comes later."""
-    return weights.mul_(factor), errors.new_zeros(())
+        errors, labels = self.errors[piece[0], :, piece[1]], self.labels[piece].to(torch.int64)
+        weights, share = self.weights[:, piece[0], piece[1]], self.share[piece]
+        num_classes, is_all = len(errors), len(self.classes) == len(errors)
+        parts = (errors if is_all else errors.index_select(0, self.classes)) * weights
+        share += parts.sum(0)
+        # Of each label, its place among the ranked classes; of one that is not, the place of a foreground weight of 0.
+        places = torch.full((num_classes + 1,), len(self.classes), device="cpu")
+        places[self.classes] = torch.arange(len(self.classes), device="cpu")
+        places = places.index_select(0, labels)
+        lift = torch.cat([weights, torch.zeros_like(share).unsqueeze(0)]).gather(0, places.unsqueeze(0))[0]
+        errors.mul_(lift - share)
+        _ = errors.add_(parts) if is_all else errors.index_add_(0, self.classes, parts)
+        labels = labels.clamp_(max=num_classes - 1).unsqueeze(0)
+        errors.scatter_(0, labels, self.labelled[piece].mul_(share).neg_().unsqueeze(0))
+        return share.sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,95 +206,65 @@ def _scaled(errors: Tensor, foreground: Tensor, weights: Tensor, factor: Tensor)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor) -> Tensor:
-    """Weights of the candidates in rows, and 0 elsewhere.
-
-    Args:
-        errors: or what ascends with them, ``(R, N)``.
-        foreground: bytes ``(R, N)``.
-        sizes: how many pixels of the foreground a row has, int64 ``(R,)``.
-        floors: of the rows ``(R,)``.
-    """
-    candidates = errors >= floors.unsqueeze(1)
-    lengths = candidates.sum(1)
-    count = int(lengths.sum())
-    if count > errors.numel() // 2:
-        # Gathering most of the errors would cost more than it spares.
-        rows = torch.arange(len(errors), device="cpu").unsqueeze(1)
-        order = descending_order(errors, rows, len(errors)).view(errors.shape).sub_(rows * errors.shape[1])
-        return weights_of_rows(errors, foreground, order).mul_(candidates.view(torch.uint8))
-    weights = torch.zeros_like(errors)
-    if count > 0:
-        places = candidates.flatten().nonzero().squeeze(1)
-        there = (tensor.flatten().index_select(0, places) for tensor in (errors, foreground))
-        ranked = weights_of_segments(*there, lengths, sizes, torch.zeros_like(sizes))
-        weights.view(-1).index_copy_(0, places, ranked)
-    return weights
-
-
-def _rank_long_row(
+def _rank(
     errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, use: Use
 ) -> Tensor:
-    """Have the weights of one row used, in pieces. The results are in ``out``, 0 where there is no candidate.
+    """Have the weights of a row used, and return the loss.
 
-    This is parallel sorting by regular sampling: runs of pixels are sorted, samples of them divide the range of the
-    errors into parts of nearly equal size, and each part is sorted across the runs.
+    A long row is ranked by parallel sorting by regular sampling: runs of its pixels are sorted, samples of the runs
+    divide the range of the errors into parts of about the same size, and the runs are merged part by part.
 
     Args:
-        errors: or what ascends with them, ``(N,)``.
+        errors: of a row, or what ascends with them, ``(N,)``.
         labels: ``(N,)``.
         label: of the foreground.
-        size: of the foreground, int64 ``(1,)``.
-        floor: of the errors ``(1,)``.
-        out: ``(N,)``, may be the errors.
-        use: what is made of the weights.
-
-    Returns:
-        the loss ``(1,)``.
+        size: of the foreground, 0-d.
+        floor: of the candidates, 0-d.
+        out: takes what is kept, 0 where there is no candidate, ``(N,)``; may be the errors.
+        use: makes of sorted candidates what is kept.
     """
     length = len(errors)
-    step = max(_PIECE, -(-length // 32))
+    step = length if length <= 2 * _PIECE else max(_PIECE, -(-length // 32))
+    numbers = torch.int32 if length < 1 << 30 else torch.int64
 
     def sort_run(start: int) -> tuple[Tensor, Tensor]:
+        """Candidates in descending order, and twice their place, plus 1 if they are background."""
         part = errors[start : start + step]
         places = (part >= floor).nonzero().squeeze(1)
         values = part.index_select(0, places)
-        if len(places) > 0:
-            order = descending_order(values)
-            places, values = places.index_select(0, order), values.index_select(0, order)
-        foreground = labels[start : start + step].index_select(0, places) == label
+        order = descending_order(values)
+        places = places.index_select(0, order)
+        background = labels[start : start + step].index_select(0, places) != label
         out[start : start + step] = 0.0
-        tagged = places.add_(start).mul_(2).add_(foreground)
-        return values, tagged.to(torch.int32 if length < 1 << 30 else torch.int64)
+        return values.index_select(0, order), places.add_(start).mul_(2).add_(background).to(numbers)
 
-    runs = in_pieces(sort_run, range(0, length, step))
+    def rank_part(tensors: tuple[list[Tensor], list[Tensor], Tensor, Tensor]) -> Tensor:
+        """Merge a part, before which there are so many candidates and so many of the background."""
+        values, tagged = torch.cat(tensors[0]), torch.cat(tensors[1])
+        if len(tensors[0]) > 1:
+            order = descending_order(values)
+            values, tagged = values.index_select(0, order), tagged.index_select(0, order)
+        background = (tagged & 1).to(numbers)
+        union = background.cumsum(0, dtype=numbers).add_(size + tensors[3])
+        position = torch.arange(len(values), dtype=numbers, device="cpu").add_(tensors[2])
+        kept, loss = use(values, background, jaccard_weights(background, position, union, errors.dtype))
+        out.index_copy_(0, (tagged >> 1).to(torch.int64), kept)
+        return loss.sum()
+
+    values, tagged = zip(*in_pieces(sort_run, range(0, length, step)))
+    if len(values) == 1:
+        return rank_part((values, tagged, size.new_zeros(()), size.new_zeros(())))
     spacing = _PIECE // 64
-    samples = torch.cat([values[spacing - 1 :: spacing] for values, _ in runs]).sort(descending=True).values
-    splitters = samples[63::64].neg()
+    samples = torch.cat([run[spacing - 1 :: spacing] for run in values]).sort(descending=True).values
+    edges = samples[63::64].neg()
 
     def divide(run: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Where the parts of a run begin and end, and how much foreground it has before."""
-        values, tagged = run
-        cuts = torch.searchsorted(values.neg(), splitters, right=True)
-        cuts = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), len(values))])
-        passed = torch.nn.functional.pad((tagged & 1).cumsum(0), (1, 0))
-        return cuts, passed.index_select(0, cuts)
+        """Where the parts of a run end, and how much background it has up to there."""
+        ends = torch.nn.functional.pad(torch.searchsorted(run[0].neg(), edges, right=True), (0, 1), value=len(run[0]))
+        return ends, torch.nn.functional.pad((run[1] & 1).cumsum(0), (1, 0)).index_select(0, ends)
 
-    cuts, passed = (torch.stack(each) for each in zip(*in_pieces(divide, runs)))
-    begins, passed = cuts.sum(0), passed.sum(0)
-    bounds = cuts.tolist()
-
-    def rank_part(part: int) -> Tensor:
-        slices = [slice(*bound[part : part + 2]) for bound in bounds]
-        values, tagged = (torch.cat([each[i] for each, i in zip(column, slices)]) for column in zip(*runs))
-        if len(values) == 0:
-            return values.sum()
-        foreground = (tagged & 1).to(torch.uint8)
-        begin = begins[part].unsqueeze(0)
-        unions = size + begin - passed[part]
-        weights = weights_of_segments(values, foreground, begin.new_tensor([len(values)]), unions, begin)
-        result, loss = use(values, foreground, weights)
-        out.index_copy_(0, (tagged >> 1).to(torch.int64), result)
-        return loss
-
-    return torch.stack(in_pieces(rank_part, range(len(splitters) + 1))).sum(0, keepdim=True)
+    ends, passed = (torch.stack(each) for each in zip(*in_pieces(divide, zip(values, tagged))))
+    lengths = ends.diff(dim=1, prepend=ends.new_zeros(len(ends), 1)).tolist()
+    values, tagged = (zip(*(run.split(part) for run, part in zip(runs, lengths))) for runs in (values, tagged))
+    before = (torch.nn.functional.pad(each.sum(0)[:-1], (1, 0)) for each in (ends, passed))
+    return torch.stack(in_pieces(rank_part, zip(values, tagged, *before))).sum()

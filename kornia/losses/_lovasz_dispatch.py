@@ -13,8 +13,8 @@ from ._eager import is_batched, is_dual, is_eager
 from ._lovasz_group import SumOfAll
 from ._lovasz_options import Options
 
-# With fewer logits, ranking all of them takes fewer and no slower steps, and no operation is divided among threads.
-_MIN_CPU = 1 << 15
+# With fewer logits, or many tiny images, ranking all of them takes fewer steps.
+_MIN_CPU, _MIN_IMAGE = 1 << 15, 1 << 13
 
 
 def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
@@ -40,8 +40,9 @@ def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
 
 def _compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
     """Reduced loss, and the gradient of the sum of the losses ``(B, C, N)``, in eager code."""
-    on_cpu = pred.device.type == "cpu" and options.num_bins is None and pred.numel() >= _MIN_CPU
-    form = _lovasz_cpu if on_cpu else _lovasz_dense
+    is_exact_on_cpu = pred.device.type == "cpu" and options.num_bins is None
+    is_large = pred.numel() >= max(_MIN_CPU, _MIN_IMAGE * pred.shape[0])
+    form = _lovasz_cpu if is_exact_on_cpu and is_large else _lovasz_dense
     losses, gradient = form.losses_and_gradient(pred.detach(), target, weight, options)
     return options.reduce(losses), gradient
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranking on its own: rows of errors as they come, against one row at a time, counted by hand."""
 
+import functools
 import math
 
 import pytest
 import torch
 
-from kornia.losses._lovasz_cpu import _rank_rows
+from kornia.losses import _lovasz_cpu
 from kornia.losses._lovasz_sort import sorted_weights
 
 
@@ -29,7 +30,6 @@ def expected_weights(errors, foreground):
     return torch.tensor([weights_of(*row) for row in rows], dtype=errors.dtype)
 
 
-# Of numbers of every magnitude, the bits leave no room for the number of a row; of those close together, they do.
 VALUES = {
     "every magnitude": lambda noise: noise.sign() * 10 ** (8 * noise),
     "below 0": lambda noise: 0.2 * noise.sigmoid() - 1,
@@ -37,40 +37,43 @@ VALUES = {
     "few": lambda noise: noise.mul(2).round() + 0.0,  # no -0.0, whose bits differ
     "infinite": lambda noise: torch.where(noise.abs() > 1, noise / 0, noise),
 }
-# One row; as many as a byte can number, and one more; below and above the length from which PyTorch sorts by digits.
-SHAPES = [(1, 1), (1, 40), (3, 7), (2, 5000), (1, 40_000), (256, 30), (257, 30), (300, 120)]
+# Below and above the lengths from which PyTorch sorts by digits, vectors are padded for that, and rows are divided.
+SHAPES = [(1, 1), (1, 40), (300, 12), (2, 6553), (1, 6554), (1, 32_767), (2, 40_000), (1, 270_000)]
 
 
-@pytest.fixture(params=VALUES)
-def make_rows(request):
-    """Rows of errors and their foreground; the first row has none, the last nothing else."""
-
-    def make(shape, dtype, device):
-        generator = torch.Generator().manual_seed(sum(shape))
-        errors = VALUES[request.param](torch.randn(shape, dtype=dtype, generator=generator))
-        foreground = torch.rand(shape, generator=generator) < 0.3
-        foreground[0], foreground[-1] = False, True
-        return errors.to(device), foreground.to(device)
-
-    return make
+@functools.cache
+def make_rows(kind, shape, dtype):
+    """Rows of errors, their foreground and their weights; the first row has no foreground, the last nothing else."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    errors = VALUES[kind](torch.randn(shape, dtype=dtype, generator=generator))
+    foreground = torch.rand(shape, generator=generator) < 0.3
+    foreground[0], foreground[-1] = False, shape[0] > 1
+    return errors, foreground, expected_weights(errors, foreground)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", VALUES)
 class TestRank:
-    def test_all(self, make_rows, shape, dtype, device):
-        errors, foreground = make_rows(shape, dtype, device)
-        expected = expected_weights(errors, foreground).to(device)
-        torch.testing.assert_close(
-            sorted_weights(errors, foreground), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0
-        )
+    def test_rows(self, kind, shape, dtype, device):
+        errors, foreground, expected = (rows.to(device) for rows in make_rows(kind, shape, dtype))
+        actual = sorted_weights(errors, foreground)
+        torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
-    @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
-    def test_candidates(self, make_rows, shape, dtype, share):
-        """The others have the weight 0, and the candidates what they have among all."""
-        errors, foreground = make_rows(shape, dtype, "cpu")
-        smallest = errors.sort(1, descending=True).values[:, [math.ceil(share * (shape[1] - 1))]]
-        candidates = errors >= smallest
-        expected = expected_weights(errors, foreground) * candidates
-        weights = _rank_rows(errors, foreground.view(torch.uint8), foreground.sum(1), smallest.squeeze(1))
-        torch.testing.assert_close(weights, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+    @pytest.mark.parametrize("share", [0.1, 1.0])
+    @pytest.mark.parametrize("piece", [1 << 10, 1 << 17])
+    def test_candidates(self, kind, shape, dtype, piece, share, monkeypatch):
+        """They have the weights that they have among all, however the row is divided, and the others have 0."""
+        monkeypatch.setattr(_lovasz_cpu, "_PIECE", piece)
+        for errors, foreground, expected in list(zip(*make_rows(kind, shape, dtype)))[:3]:
+            floor = errors.sort(descending=True).values[math.ceil(share * (shape[1] - 1))]
+            out = errors.clone()  # which the weights may overwrite
+            loss = _lovasz_cpu._rank(out, foreground, True, foreground.sum(), floor, out, use)
+            torch.testing.assert_close(out, expected * (errors >= floor), rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+            assert loss == (~foreground[errors >= floor]).sum()
+
+
+def use(errors, background, weights):
+    """Keep the weights, and count the background."""
+    assert (errors[1:] <= errors[:-1]).all()
+    return weights, background.sum()
