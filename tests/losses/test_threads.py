@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work in pieces: what it returns, and that it leaves no trace in threads, processes and the modes of autograd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
+from kornia.losses._threads import in_pieces
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """How many threads PyTorch may use, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def numbers():
+    """The numbers of threads of the caller, and of a thread made now."""
+    with ThreadPoolExecutor(1) as pool:
+        return torch.get_num_threads(), pool.submit(torch.get_num_threads).result()
+
+
+def run(program, **variables):
+    """Run a program in a Python of its own and return what it prints; one that hangs fails."""
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=60, env={**os.environ, **variables}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.usefixtures("threads")
+class TestInPieces:
+    @pytest.mark.parametrize("count", [0, 1, 2, 50])
+    def test_results_in_order(self, count):
+        assert in_pieces(lambda piece: piece**2, range(count)) == [piece**2 for piece in range(count)]
+
+    def test_each_piece_by_one_thread(self, threads):
+        met = threading.Barrier(threads, timeout=30)
+
+        def work(piece):
+            met.wait()  # as many at a time as there are threads
+            return threading.get_ident(), torch.get_num_threads()
+
+        done = in_pieces(work, range(threads))
+        assert len({thread for thread, _ in done}) == threads
+        assert {number for _, number in done} == {1}
+        assert (threading.get_ident() in {thread for thread, _ in done}) == (threads == 1)
+
+    def test_pieces_of_pieces(self):
+        def work(piece):
+            assert in_pieces(lambda part: threading.get_ident(), range(3)) == [threading.get_ident()] * 3
+            return sum(in_pieces(lambda part: part * piece, range(4)))
+
+        assert in_pieces(work, range(9)) == [6 * piece for piece in range(9)]
+
+    def test_numbers_of_threads_stay(self, threads):
+        before = numbers()
+        assert before[0] == threads
+        in_pieces(lambda piece: torch.zeros(100_000).add_(1), range(8))
+        assert numbers() == before
+        with pytest.raises(ZeroDivisionError):
+            in_pieces(lambda piece: 1 // piece, [1, 0, 1])
+        assert numbers() == before
+        own = torch.get_num_threads()
+        torch.set_num_threads(own + 3)  # the caller's own number follows the user
+        assert len(in_pieces(lambda piece: piece, range(9))) == 9
+        assert numbers() == (own + 3, own + 3)
+
+    def test_caller_with_a_number_of_its_own(self, threads):
+        """It is that of the calling thread that counts, and threads made later have that of the process."""
+        found = []
+
+        def call():
+            torch.get_num_threads()  # else PyTorch would take that of the process later
+            torch.set_num_threads(5)  # also for threads made from now on
+            entered.set()
+            left.wait()
+            in_pieces(lambda piece: piece, range(8))
+            found.append(torch.get_num_threads())
+
+        entered, left = threading.Event(), threading.Event()
+        caller = threading.Thread(target=call)
+        caller.start()
+        entered.wait()
+        torch.set_num_threads(threads)
+        left.set()
+        caller.join()
+        assert found == [5]
+        assert numbers() == (threads, threads)
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+    def test_exception(self, error):
+        begun = []
+
+        def work(piece):
+            begun.append(piece)
+            if piece == 0:
+                raise error("piece 0")
+
+        with pytest.raises(error, match="piece 0"):
+            in_pieces(work, range(10_000))
+        count = len(begun)
+        assert in_pieces(lambda piece: piece, range(4)) == [0, 1, 2, 3]  # the workers are still there
+        assert len(begun) == count  # and nobody works on
+
+    def test_many_callers(self):
+        def call(number):
+            return in_pieces(lambda piece: number * piece, range(20))
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(call, range(40))) == [[n * piece for piece in range(20)] for n in range(40)]
+
+    def test_modes_of_the_caller(self):
+        def modes(piece):
+            return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+        assert set(in_pieces(modes, range(4))) == {(False, False)}
+        assert torch.is_grad_enabled()
+        with torch.inference_mode():
+            made_there = torch.zeros(3)
+            assert set(in_pieces(modes, range(4))) == {(False, True)}
+            in_pieces(lambda piece: made_there[piece].add_(1), range(3))
+        assert torch.equal(made_there.clone(), torch.ones(3))
+
+
+class TestProcess:
+    """What needs an interpreter of its own."""
+
+    def test_interrupt_of_the_caller(self):
+        """Ctrl-C reaches the main thread, which waits: it leaves with no piece in work."""
+        printed = run(
+            """
+            import os, signal, threading, time
+            import torch
+            from kornia.losses._threads import in_pieces
+            torch.set_num_threads(2)
+            working = []
+
+            def work(piece):
+                working.append(piece)
+                if piece == 0:
+                    os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
+                working.remove(piece)
+
+            try:
+                in_pieces(work, range(1000))
+            except KeyboardInterrupt:
+                print(len(working), in_pieces(lambda piece: piece, range(2)), torch.get_num_threads())
+            """
+        )
+        assert printed == ["0", "[0,", "1]", "2"]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+    def test_fork(self):
+        """A child with one thread, such as a data loader's worker, and one that would have workers of its own."""
+        printed = run(
+            """
+            import os
+            import torch
+            from kornia.losses import lovasz_hinge_loss
+            from kornia.losses._threads import in_pieces
+            torch.set_num_threads(2)
+            pred, target = torch.linspace(-2, 2, 300_000).view(1, 1, 500, 600), torch.ones(1, 500, 600)
+            expected = lovasz_hinge_loss(pred, target)
+            for threads in (1, 2):
+                child = os.fork()
+                if child == 0:
+                    torch.set_num_threads(threads)
+                    works = in_pieces(lambda piece: piece, range(4)) == [0, 1, 2, 3]
+                    if threads == 1:  # OpenMP itself hangs in a child that divides operations
+                        works &= bool(torch.isclose(lovasz_hinge_loss(pred, target), expected))
+                    os._exit(int(works))
+                print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            print(in_pieces(lambda piece: piece, range(1)))
+            """
+        )
+        assert printed == ["1", "1", "[0]"]
+
+    def test_shutdown(self):
+        """At the end of the interpreter, when no thread can be started, the caller does the work."""
+        printed = run(
+            """
+            import atexit, threading
+            import torch
+            from kornia.losses._threads import in_pieces
+            torch.set_num_threads(2)
+
+            def work():
+                print(sum(in_pieces(lambda piece: piece, range(10))))
+
+            atexit.register(work)
+            threading.Thread(target=lambda: (threading.main_thread().join(), work())).start()
+            work()
+            """
+        )
+        assert printed == ["45"] * 3
+
+    def test_shutdown_without_workers(self):
+        printed = run(
+            """
+            import atexit
+            import torch
+            from kornia.losses._threads import in_pieces
+            torch.set_num_threads(2)
+            atexit.register(lambda: print(sum(in_pieces(lambda piece: piece, range(10)))))
+            """
+        )
+        assert printed == ["45"]
+
+
+@pytest.mark.parametrize("module", [LovaszHingeLoss(), LovaszSoftmaxLoss()], ids=["hinge", "softmax"])
+@pytest.mark.usefixtures("threads")
+class TestLosses:
+    """What a training step is made of around them."""
+
+    def make(self, module, shape=(2, 300, 200)):
+        channels = 1 if isinstance(module, LovaszHingeLoss) else 4
+        generator = torch.Generator().manual_seed(0)
+        pred = torch.randn(shape[0], channels, *shape[1:], generator=generator)
+        return pred, torch.randint(0, max(2, channels), shape, generator=generator)
+
+    def test_value_does_not_depend_on_threads(self, module, threads):
+        pred, target = self.make(module, (3, 400, 500))
+        torch.set_num_threads(1)
+        leaf = pred.clone().requires_grad_()
+        expected = module(leaf, target)
+        expected.backward()
+        torch.set_num_threads(threads)
+        other = pred.clone().requires_grad_()
+        value = module(other, target)
+        value.backward()
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(other.grad, leaf.grad, rtol=1e-5, atol=1e-10)
+
+    def test_gradient_can_be_changed_in_place(self, module):
+        """As clipping does. A tensor of the inference mode could not be."""
+        pred, target = self.make(module)
+        module(pred.requires_grad_(), target).backward()
+        torch.nn.utils.clip_grad_norm_([pred], 1e-3)
+        assert pred.grad.norm() < 1.1e-3
+
+    def test_exception_of_a_piece(self, module, threads):
+        pred, target = self.make(module)
+        target[1, -1, -1] = 9
+        before = numbers()
+        with pytest.raises((ValueError, RuntimeError), match=r"target must hold 0|Class values"):
+            module(pred, target)
+        assert numbers() == before
+
+    def test_profiler(self, module):
+        pred, target = self.make(module)
+        with torch.profiler.profile() as profile:
+            module(pred.requires_grad_(), target).backward()
+        assert any("_Eager" in event.key for event in profile.key_averages())
