@@ -157,7 +157,9 @@ class _SoftmaxGroup:
         def rank(row: tuple[int, int]) -> None:
             place, c = row
             errors, out = self.errors[:, c].flatten(), self.weights[place].view(-1)
-            _rank(errors, labels, c, sizes[c], floors[c], out, lambda _, __, weights: (weights * factors[c], weights[:0]))
+            _rank(
+                errors, labels, c, sizes[c], floors[c], out, lambda _, __, weights: (weights * factors[c], weights[:0])
+            )
 
         _each(rank, enumerate(self.classes.tolist()), len(labels))
 
@@ -206,9 +208,7 @@ class _SoftmaxGroup:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rank(
-    errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, use: Use
-) -> Tensor:
+def _rank(errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, use: Use) -> Tensor:
     """Have the weights of a row used, and return the loss.
 
     A long row is ranked by parallel sorting by regular sampling: runs of its pixels are sorted, samples of the runs

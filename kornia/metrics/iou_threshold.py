@@ -9,7 +9,8 @@ They also bound the IoU that a threshold inside a cell can reach, so only cells 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Iterator, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
 from kornia.losses._eager import is_eager
 from kornia.losses._labels import binary_labels, check_pair
+from kornia.losses._lovasz_options import check_ignore_index
+from kornia.losses._threads import in_pieces
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,16 +27,28 @@ if TYPE_CHECKING:
 _NUM_CELLS = 1 << 16
 # With fewer pixels it is faster to look at all of them.
 _MIN_CELLS = 1 << 16
-# Pixels handled at a time: fresh memory for the temporaries of a whole batch would cost more than the counting.
+# Pixels handled at a time.
 _PIECE = 1 << 18
 
 
-def _prepare(pred: Tensor, target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    """Check the arguments; return the logits, where the foreground is and which pixels are valid, all ``(N,)``."""
-    check_pair(pred, target, "1")
-    logits = pred.detach().flatten().to(torch.promote_types(pred.dtype, torch.float32))
-    labels, valid = binary_labels(target.detach().flatten(), ignore_index)
-    return logits, labels == 1, valid
+Pixels = tuple[Tensor, Tensor]  # logits, at least float32, and where the foreground is, both (N,)
+
+
+def _in_pieces(work: Callable[[Any], Any], *tensors: Tensor) -> list[Any]:
+    """Work on so many pixels at a time: on the CPU by threads, each piece by one."""
+    pieces = zip(*(tensor.split(_PIECE) for tensor in tensors))
+    return in_pieces(work, pieces) if tensors[0].device.type == "cpu" else [work(piece) for piece in pieces]
+
+
+def _prepare(piece: tuple[Tensor, Tensor], ignore_index: Optional[int]) -> Pixels:
+    """Check labels, and return the valid of some pixels."""
+    logits, foreground, valid = _with_mask(*piece, ignore_index)
+    return (logits, foreground) if valid is None else (logits[valid], foreground[valid])
+
+
+def _with_mask(logits: Tensor, labels: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    foreground, valid = binary_labels(labels, ignore_index)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), foreground, valid
 
 
 def _quotient(intersection: Tensor, union: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,11 +91,6 @@ def _cells(logits: Tensor) -> Tensor:
     return key.bitwise_right_shift_(16).add_(_NUM_CELLS // 2)
 
 
-def _pieces(logits: Tensor, foreground: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for some, where in zip(logits.split(_PIECE), foreground.split(_PIECE)):
-        yield some, where, _cells(some)
-
-
 def _count(numbers: Tensor, foreground: Tensor, size: int) -> Tensor:
     """Count how often each number below ``size`` is on the background and on the foreground: int64 ``(2, size)``."""
     return torch.add(numbers, foreground.to(numbers.dtype), alpha=size).bincount(minlength=2 * size).view(2, size)
@@ -90,60 +100,67 @@ def _suffix_sum(counts: Tensor) -> Tensor:
     return counts.flip(-1).cumsum(-1).flip(-1)
 
 
-def _count_above(logits: Tensor, foreground: Tensor, valid: Optional[Tensor], thresholds: Tensor) -> Tensor:
+def _count_above(pred: Tensor, target: Tensor, ignore_index: Optional[int], thresholds: Tensor) -> Tensor:
     """Count background and foreground pixels: all, those whose logit is nan, and those above each threshold.
 
     Returns:
         int64 ``(2, 2 + T)``. The last ``T`` columns mean nothing if a logit is nan.
     """
+    pred, target = pred.detach().flatten(), target.detach().flatten()
     # A threshold that the dtype of the logits cannot hold separates them where the next number below does.
-    held = thresholds.detach().to(logits.dtype)
+    thresholds = thresholds.detach()
+    thresholds = thresholds if thresholds.is_floating_point() else thresholds.to(torch.float64)
+    held = thresholds.to(torch.promote_types(pred.dtype, torch.float32))
     held = torch.where(held > thresholds, held.nextafter(torch.full_like(held, float("-inf"))), held)
     held = held.masked_fill(held.isnan(), float("inf"))  # which sorts, and which nothing is above
-    if not is_eager(logits):
+    if not (is_eager(pred) and is_eager(target)):
+        logits, foreground, valid = _with_mask(pred, target, ignore_index)
         columns = torch.cat([torch.ones_like(foreground)[None], logits.isnan()[None], logits > held[:, None]])
         rows = torch.stack([~foreground, foreground])
         return ((rows if valid is None else rows & valid)[:, None] & columns).sum(-1)
 
-    if valid is not None:
-        logits, foreground = logits[valid], foreground[valid]
     ascending, order = held.sort()
-    count = _count_between if len(logits) < _MIN_CELLS else _count_between_by_cells
-    above = _suffix_sum(count(logits, foreground, ascending))[:, 1:]
-    positives = foreground.count_nonzero()
-    pixels = torch.stack([len(foreground) - positives, positives])
-    nans = torch.zeros_like(pixels)
-    if _has_nan(logits):
-        nans = foreground[logits.isnan()].to(torch.int32).bincount(minlength=2)
-    return torch.cat([pixels[:, None], nans[:, None], above[:, order.argsort()]], dim=1)
+    count = partial(_count_between if len(pred) < _MIN_CELLS else _count_by_cells, ascending=ascending)
+
+    def count_piece(piece: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, foreground = _prepare(piece, ignore_index)
+        positives = foreground.count_nonzero()
+        nans = foreground[logits.isnan()] if _has_nan(logits) else foreground[:0]
+        pixels = torch.stack([len(foreground) - positives, positives, (~nans).sum(), nans.sum()])
+        return pixels.view(2, 2).T, *count(logits, foreground)
+
+    pixels, between, by_cell = (sum(each) for each in zip(*_in_pieces(count_piece, pred, target)))
+    if by_cell.shape[1] > 0:
+        # Of the cells without a threshold, each lies between two thresholds as a whole.
+        cells = torch.arange(_NUM_CELLS, dtype=torch.int32, device=pred.device)
+        by_cell.index_fill_(1, _cells(ascending).long(), 0)
+        between.index_add_(1, torch.bucketize(cells, _cells(ascending)), by_cell)
+    return torch.cat([pixels, _suffix_sum(between)[:, 1:][:, order.argsort()]], dim=1)
 
 
-def _count_between(logits: Tensor, foreground: Tensor, ascending: Tensor) -> Tensor:
+def _count_between(logits: Tensor, foreground: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
     """Count background and foreground pixels by the number of thresholds below their logit: int64 ``(2, 1 + T)``."""
-    return _count(torch.bucketize(logits, ascending, out_int32=True), foreground, 1 + len(ascending))
+    between = torch.bucketize(logits, ascending, out_int32=True)
+    return _count(between, foreground, 1 + len(ascending)), between.new_zeros(2, 0)
 
 
-def _count_between_by_cells(logits: Tensor, foreground: Tensor, ascending: Tensor) -> Tensor:
-    """Do the same, but compare only the pixels that are in the cell of a threshold."""
+def _count_by_cells(logits: Tensor, foreground: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same, of the pixels in the cells of the thresholds alone, and count the pixels of each cell."""
+    cells = _cells(logits)
     own = torch.zeros(_NUM_CELLS, dtype=torch.bool, device=logits.device)
     own[_cells(ascending).long()] = True
-    by_cell = torch.zeros(2, _NUM_CELLS, dtype=torch.int64, device=logits.device)
-    between = torch.zeros(2, 1 + len(ascending), dtype=torch.int64, device=logits.device)
-    for some, where, cells in _pieces(logits, foreground):
-        by_cell += _count(cells, where, _NUM_CELLS)
-        close = own.index_select(0, cells).nonzero().squeeze(1)
-        between += _count_between(some[close], where[close], ascending)
-    # Of the other cells, each lies between two thresholds as a whole.
-    cells = torch.arange(_NUM_CELLS, dtype=torch.int32, device=logits.device)
-    return between.index_add_(1, torch.bucketize(cells, _cells(ascending)), by_cell.masked_fill_(own, 0))
+    close = own.index_select(0, cells).nonzero().squeeze(1)
+    between, _ = _count_between(logits[close], foreground[close], ascending)
+    return between, _count(cells, foreground, _NUM_CELLS)
 
 
-def _optimal_interval(logits: Tensor, foreground: Tensor) -> tuple[float, float, Tensor]:
+def _optimal_interval(pieces: list[Pixels]) -> tuple[float, float, Tensor]:
     """Find the best thresholds: from ``lower``, included, to ``upper``, excluded; and their IoU, 0-d float64."""
-    total = foreground.count_nonzero()
+    total = sum(foreground.count_nonzero() for _, foreground in pieces)
     skipped = None
-    if len(logits) >= _MIN_CELLS:
-        logits, foreground, skipped = _candidates(logits, foreground)
+    if sum(len(logits) for logits, _ in pieces) >= _MIN_CELLS:
+        pieces, skipped = _candidates(pieces)
+    logits, foreground = (torch.cat(each) for each in zip(*pieces))
     # No threshold is below -inf.
     logits, foreground = logits[logits > float("-inf")], foreground[logits > float("-inf")]
     descending, order = logits.sort(descending=True)
@@ -163,11 +180,11 @@ def _optimal_interval(logits: Tensor, foreground: Tensor) -> tuple[float, float,
     return lower, upper, iou[first]
 
 
-def _candidates(logits: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(pieces: list[Pixels]) -> tuple[list[Pixels], Tensor]:
     """Find the pixels of the cells that can hold an end of an optimal interval, and count those of the other cells."""
-    by_cell = torch.zeros(2, _NUM_CELLS, dtype=torch.int64, device=logits.device)
-    for _, where, cells in _pieces(logits, foreground):
-        by_cell += _count(cells, where, _NUM_CELLS)
+    device = pieces[0][0].device
+    each = in_pieces if device.type == "cpu" else map
+    by_cell = sum(each(lambda piece: _count(_cells(piece[0]), piece[1], _NUM_CELLS), pieces))
     # A prediction of all pixels down to the bottom of a cell has the IoU ``reached``. One that ends inside it or at
     # its top has at most ``possible``, that of all its foreground and nothing else of it. Both ends of an optimal
     # interval are thus in candidates: the lowest logit that is predicted, and the highest that is not.
@@ -175,15 +192,14 @@ def _candidates(logits: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor, Ten
     total = through[1, 0]
     reached = _quotient(through[1], total + through[0], torch.float64)
     possible = _quotient(through[1], total + through[0] - by_cell[0], torch.float64)
-    lowest = int(_cells(logits.new_full((1,), float("-inf"))))  # below which there is no threshold
+    lowest = int(_cells(pieces[0][0].new_full((1,), float("-inf"))))  # below which there is no threshold
     candidate = possible >= reached[lowest + 1 :].max()
 
-    some_logits, some_foreground = [], []
-    for some, where, cells in _pieces(logits, foreground):
-        close = candidate.index_select(0, cells).nonzero().squeeze(1)
-        some_logits.append(some[close])
-        some_foreground.append(where[close])
-    return torch.cat(some_logits), torch.cat(some_foreground), by_cell.masked_fill_(candidate, 0)
+    def choose(piece: Pixels) -> Pixels:
+        close = candidate.index_select(0, _cells(piece[0])).nonzero().squeeze(1)
+        return piece[0][close], piece[1][close]
+
+    return list(each(choose, pieces)), by_cell.masked_fill_(candidate, 0)
 
 
 def _middle(lower: float, upper: float, dtype: torch.dtype) -> Tensor:
@@ -247,10 +263,11 @@ def iou_at_thresholds(
     """
     KORNIA_CHECK_IS_TENSOR(thresholds, "thresholds must be Tensor.")
     KORNIA_CHECK_SHAPE(thresholds, ["T"])
-    logits, foreground, valid = _prepare(pred, target, ignore_index)
+    check_pair(pred, target, "1")
     if not thresholds.device == pred.device:
         raise ValueError(f"thresholds and pred must be in the same device. Got: {thresholds.device} and {pred.device}")
-    iou = _iou(_count_above(logits, foreground, valid, thresholds), logits.dtype)
+    counts = _count_above(pred, target, ignore_index, thresholds)
+    iou = _iou(counts, torch.promote_types(pred.dtype, torch.float32))
     return iou.masked_fill(thresholds.isnan(), float("nan"))
 
 
@@ -288,14 +305,15 @@ def best_iou_threshold(pred: Tensor, target: Tensor, *, ignore_index: Optional[i
         (tensor(-1.7500), tensor(0.6667))
 
     """
-    logits, foreground, valid = _prepare(pred, target, ignore_index)
-    dtype = pred.dtype if pred.is_floating_point() else logits.dtype
-    if valid is not None:
-        logits, foreground = logits[valid], foreground[valid]
-    if _has_nan(logits):
-        return pred.new_tensor(float("nan"), dtype=dtype), logits.new_tensor(float("nan"))
-    lower, upper, iou = _optimal_interval(logits, foreground)
-    return _middle(lower, upper, dtype).to(pred.device), iou.to(logits.dtype)
+    check_pair(pred, target, "1")
+    computed = torch.promote_types(pred.dtype, torch.float32)
+    dtype = pred.dtype if pred.is_floating_point() else computed
+    prepare = partial(_prepare, ignore_index=ignore_index)
+    pieces = _in_pieces(prepare, pred.detach().flatten(), target.detach().flatten())
+    if any(_has_nan(logits) for logits, _ in pieces):
+        return pred.new_tensor(float("nan"), dtype=dtype), pred.new_tensor(float("nan"), dtype=computed)
+    lower, upper, iou = _optimal_interval(pieces)
+    return _middle(lower, upper, dtype).to(pred.device), iou.to(computed)
 
 
 class IoUThresholdSearch:
@@ -318,7 +336,8 @@ class IoUThresholdSearch:
 
     Raises:
         ShapeError: if ``thresholds`` is not :math:`(T,)`.
-        ValueError: if there is no threshold, one is nan, or they are not floating-point numbers.
+        ValueError: if there is no threshold, one is nan, they are not floating-point numbers, or ``ignore_index`` is
+            neither None nor a 64-bit integer.
         TypeCheckError: if ``thresholds`` is neither a tensor nor None.
 
     Example:
@@ -344,6 +363,7 @@ class IoUThresholdSearch:
             raise ValueError(
                 f"thresholds must hold floating-point numbers, at least one and none nan. Got: {thresholds}"
             )
+        check_ignore_index(ignore_index)
         self.thresholds = thresholds.detach().clone()
         self.ignore_index = ignore_index
         self.reset()
@@ -369,8 +389,8 @@ class IoUThresholdSearch:
         Raises:
             ShapeError, ValueError: as :func:`~kornia.metrics.iou_at_thresholds` does. The batch is then not counted.
         """
-        logits, foreground, valid = _prepare(pred, target, self.ignore_index)
-        counts = _count_above(logits, foreground, valid, self.thresholds.to(pred.device))
+        check_pair(pred, target, "1")
+        counts = _count_above(pred, target, self.ignore_index, self.thresholds.to(pred.device))
         self.counts = self.counts.to(pred.device) + counts
 
     def iou_at_thresholds(self, group: Optional[ProcessGroup] = None) -> Tensor:
@@ -399,8 +419,8 @@ class IoUThresholdSearch:
             group: processes whose counts are added up, as for ``iou_at_thresholds``. None: those of this process.
 
         Returns:
-            the threshold, in logits, and its IoU, both 0-d. Both are nan if a logit was. To apply it to logits of a
-            lower precision, use ``pred.float() > threshold``: PyTorch rounds a 0-d threshold to the dtype of ``pred``.
+            the threshold, in logits, and its IoU, both 0-d. Both are nan if a logit was. Apply it as
+            ``pred > threshold.view(1)``: PyTorch would round a 0-d threshold to the dtype of ``pred``.
 
         Raises:
             RuntimeError: if no valid pixel has been counted.
