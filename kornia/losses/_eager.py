@@ -28,6 +28,11 @@ def values_of(tensor: Tensor) -> Optional[Tensor]:
     return tensor if is_plain and not is_recorded else None
 
 
+def is_compiled() -> bool:
+    """Whether ``torch.compile`` or ``torch.export`` records what is done, and no transform of functorch is active."""
+    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 def is_dual(tensor: Tensor) -> bool:
     """Whether a tensor carries a tangent of forward-mode differentiation."""
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _lovasz_cpu, _lovasz_dense
-from ._eager import is_batched, is_dual, is_eager
+from ._eager import is_batched, is_compiled, is_dual, is_eager
 from ._lovasz_group import SumOfAll
 from ._lovasz_options import Options
 
@@ -25,13 +25,12 @@ def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
     - An operator, for compiled code on the CPU: what eager code does, as a graph could not hold it.
     - In eager code, losses and gradient at once.
     """
-    is_exact_on_cpu = pred.device.type == "cpu" and options.num_bins is None
     learns = weight is not None and weight.requires_grad
     if all(is_eager(x) and not is_dual(x) for x in (pred, target, weight) if x is not None) and not learns:
         # What autograd keeps must not be a tensor of the inference mode, such as the labels of a teacher.
         target = target.clone() if target.is_inference() and not torch.is_inference_mode_enabled() else target
         loss = _Eager.apply(pred, target, weight, options)
-    elif torch.compiler.is_compiling() and is_exact_on_cpu and not learns:
+    elif is_compiled() and pred.device.type == "cpu" and options.process_group is None and not learns:
         loss = _operator(pred, target, weight, *options.for_operator())[0]
     else:
         loss = options.reduce(_lovasz_dense.losses_and_gradient(pred, target, weight, options)[0])
@@ -104,7 +103,7 @@ def _as_pred(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     mutates_args=(),
     schema=(
         "(Tensor pred, Tensor target, Tensor? weight, str loss, int? ignore_index, bool per_image, str reduction, "
-        "str? classes, int[]? indices) -> (Tensor, Tensor)"
+        "int? num_bins, str? classes, int[]? indices) -> (Tensor, Tensor)"
     ),
 )
 def _operator(
@@ -115,10 +114,11 @@ def _operator(
     ignore_index: Optional[int],
     per_image: bool,
     reduction: str,
+    num_bins: Optional[int],
     classes: Optional[str],
     indices: Optional[list[int]],
 ) -> tuple[Tensor, Tensor]:
-    options = _options(loss, ignore_index, per_image, reduction, classes, indices)
+    options = _options(loss, ignore_index, per_image, reduction, num_bins, classes, indices)
     value, gradient = _compute(pred, target, weight, options)
     return value, gradient.contiguous()
 

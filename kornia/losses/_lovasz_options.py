@@ -77,7 +77,7 @@ class Options(NamedTuple):
     def for_operator(self) -> tuple[Any, ...]:
         """What the operator of compiled code takes of them, whose types are those of a schema."""
         named = self.classes is None or isinstance(self.classes, str)
-        return *self[:4], *((self.classes, None) if named else (None, list(self.classes)))
+        return *self[:5], *((self.classes, None) if named else (None, list(self.classes)))
 
     def dtype_of(self, pred: Tensor, weight: Optional[Tensor]) -> torch.dtype:
         """What the loss is computed in: at least float32."""

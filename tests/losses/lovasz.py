@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -158,6 +159,21 @@ def _oracle_of_group(loss, logits, labels, weight, classes):
     averaged = {"all": range(len(logits)), "present": labels.unique().tolist()}.get(str(classes), classes)
     factors = torch.ones(len(logits)) if weight is None else weight.double().cpu()
     return sum(factors[c] * terms[c] for c in averaged) / len(averaged)
+
+
+def quick_oracle(loss, pred, target, **options) -> Tensor:
+    """The same for many pixels, by differences of the Jaccard loss in float64; the order of equal errors may differ."""
+
+    def differences(errors, foreground):
+        errors, order = errors.sort(descending=True, stable=True)
+        foreground = foreground[order].double()
+        total = foreground.sum()
+        losses = 1 - (total - foreground.cumsum(0)) / (total + (1 - foreground).cumsum(0))
+        weights = losses.diff(prepend=losses.new_zeros(1))
+        return (errors.masked_fill((weights.abs() < 1e-15) & errors.isinf(), 0.0) * weights).sum()
+
+    with mock.patch(f"{__name__}.extension", differences):
+        return oracle(loss, pred, target, **options)
 
 
 def force_form(monkeypatch, form: str, piece: int = 100) -> None:

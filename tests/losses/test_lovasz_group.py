@@ -113,8 +113,9 @@ def disagree(rank, ranks, folder):
     target = torch.zeros(2, 4, 5, dtype=torch.long)
     logits = {classes: torch.randn(2, classes, 4, 5) for classes in (1, 3, 4)}
 
-    def hinge(num_bins=8):
-        return lovasz_hinge_loss(logits[1], target, per_image=False, num_bins=num_bins, process_group=dist.group.WORLD)
+    def hinge(num_bins=8, dtype=torch.float32, images=2):
+        pred, labels = logits[1][:images].to(dtype), target[:images]
+        return lovasz_hinge_loss(pred, labels, per_image=False, num_bins=num_bins, process_group=dist.group.WORLD)
 
     def softmax(count, classes="all"):
         options = {"per_image": False, "num_bins": 8, "process_group": dist.group.WORLD}
@@ -126,6 +127,8 @@ def disagree(rank, ranks, folder):
         (partial(softmax, 3), partial(softmax, 3, "present")),
         (partial(softmax, 3, [0, 1]), partial(softmax, 3, [0, 2])),
         (hinge, partial(softmax, 3)),
+        (hinge, partial(hinge, dtype=torch.float64)),
+        (hinge, partial(hinge, dtype=torch.float64, images=0)),
     ]
     messages = []
     for pair in pairs:

@@ -502,6 +502,13 @@ def search_on_rank(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_integer_thresholds_that_float32_cannot_hold(device):
+    pred = torch.tensor([2.0**24, 2.0**24 + 2], device=device).view(1, 1, 1, 2)
+    target = torch.ones(1, 1, 2, dtype=torch.long, device=device)
+    thresholds = 2**24 + torch.arange(-1, 3, device=device)
+    assert iou_at_thresholds(pred, target, thresholds).tolist() == [1.0, 0.5, 0.5, 0.0]
+
+
 class TestIoUThresholdSearch(BaseTester):
     def test_smoke(self, device, dtype):
         search = IoUThresholdSearch()
@@ -510,6 +517,23 @@ class TestIoUThresholdSearch(BaseTester):
         assert threshold.shape == iou.shape == ()
         assert threshold.device == iou.device == search.counts.device
         assert search.counts.device.type == device.type
+
+    @pytest.mark.parametrize("wrong", [True, 255.0, 1.5, float("nan"), 2**70, "255"], ids=str)
+    def test_exception_ignore_index(self, wrong):
+        with pytest.raises(ValueError, match="ignore_index must be None or a 64-bit integer"):
+            IoUThresholdSearch(ignore_index=wrong)
+
+    def test_threshold_of_another_precision(self, device, dtype):
+        """The threshold is applied as its docstring says, to logits that are, or are not, of its dtype."""
+        pred = torch.full((1, 1, 2, 2), 0.1, device=device, dtype=dtype)
+        target = torch.ones(1, 2, 2, dtype=torch.long, device=device)
+        for threshold_dtype in (torch.float32, torch.float64):
+            for value in (0.1, float(pred[0, 0, 0, 0])):
+                search = IoUThresholdSearch(torch.tensor([value], dtype=threshold_dtype, device=device))
+                search.update(pred, target)
+                threshold, iou = search.compute()
+                predicted = pred > threshold.view(1)
+                assert iou == predicted.double().mean()
 
     @pytest.mark.parametrize("count", [1, 2, 7])
     def test_cardinality(self, device, dtype, count):
