@@ -10,7 +10,7 @@ device = f"cuda:{dist.get_rank()}" if torch.cuda.is_available() else "cpu"  # on
 network = DistributedDataParallel(torch.nn.Conv2d(3, 4, 3, padding=1).to(device))
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
 # Once the processes have met: the loss of the batches of all of them.
-criterion = LovaszSoftmaxLoss(classes="present", per_image=False, num_bins=1024, group=dist.group.WORLD)
+criterion = LovaszSoftmaxLoss(classes="present", per_image=False, num_bins=1024, process_group=dist.group.WORLD)
 
 for _ in range(2):
     images, labels = torch.rand(2, 3, 16, 16), torch.randint(0, 4, (2, 16, 16))

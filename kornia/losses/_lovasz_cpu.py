@@ -238,7 +238,7 @@ def _rank(errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tenso
         out[start : start + step] = 0.0
         return values.index_select(0, order), places.add_(start).mul_(2).add_(background).to(numbers)
 
-    def rank_part(tensors: tuple[list[Tensor], list[Tensor], Tensor, Tensor]) -> Tensor:
+    def rank_part(tensors: tuple[Any, ...]) -> Tensor:
         """Merge a part, before which there are so many candidates and so many of the background."""
         values, tagged = torch.cat(tensors[0]), torch.cat(tensors[1])
         if len(tensors[0]) > 1:

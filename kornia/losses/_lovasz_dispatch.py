@@ -21,11 +21,11 @@ def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
     """Reduced loss of logits ``(B, C, H, W)``, at least float32.
 
     - The dense form under autograd: for functorch and graphs, which must not depend on values; for forward-mode
-      tangents; and for a weight that learns, which needs the term of each class.
+      tangents; and for a weight that learns, which needs the term of each class. Also for labels that gradcheck moves.
     - An operator, for compiled code on the CPU: what eager code does, as a graph could not hold it.
     - In eager code, losses and gradient at once.
     """
-    learns = weight is not None and weight.requires_grad
+    learns = target.requires_grad or (weight is not None and weight.requires_grad)
     if all(is_eager(x) and not is_dual(x) for x in (pred, target, weight) if x is not None) and not learns:
         # What autograd keeps must not be a tensor of the inference mode, such as the labels of a teacher.
         target = target.clone() if target.is_inference() and not torch.is_inference_mode_enabled() else target

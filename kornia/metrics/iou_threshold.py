@@ -184,7 +184,9 @@ def _candidates(pieces: list[Pixels]) -> tuple[list[Pixels], Tensor]:
     """Find the pixels of the cells that can hold an end of an optimal interval, and count those of the other cells."""
     device = pieces[0][0].device
     each = in_pieces if device.type == "cpu" else map
-    by_cell = sum(each(lambda piece: _count(_cells(piece[0]), piece[1], _NUM_CELLS), pieces))
+    by_cell = torch.zeros(2, _NUM_CELLS, dtype=torch.int64, device=device)
+    for counts in each(lambda piece: _count(_cells(piece[0]), piece[1], _NUM_CELLS), pieces):
+        by_cell += counts
     # A prediction of all pixels down to the bottom of a cell has the IoU ``reached``. One that ends inside it or at
     # its top has at most ``possible``, that of all its foreground and nothing else of it. Both ends of an optimal
     # interval are thus in candidates: the lowest logit that is predicted, and the highest that is not.
