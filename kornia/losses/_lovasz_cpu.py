@@ -3,7 +3,7 @@
 
 A background error below every foreground error of its class has the weight 0, as no foreground is left to pass. So has,
 for the loss, a hinge error of 0. Of a class without foreground, the largest error alone counts. What remains are the
-*candidates*: the errors of a row, one class in one group, from its *floor* up.
+*candidates*: those that reach the *floor* of their row, the pixels of one class in one group.
 
 A group is passed through three times: from logits to errors, by pieces of its pixels; from errors to weights, by rows;
 and from weights to the loss and the gradient, which takes the place of the errors.
@@ -20,14 +20,19 @@ from torch import Tensor
 from ._labels import binary_labels, class_labels
 from ._lovasz import class_factors, jaccard_weights
 from ._lovasz_options import Options
-from ._lovasz_sort import descending_order
+from ._lovasz_sort import descending_order, weights_of_rows, weights_of_segments
 from ._threads import in_pieces
 
-# How many errors are handled at a time, so that temporaries stay in the cache.
-_PIECE = 1 << 17
+# A piece has at least so many errors: in smaller ones, threads would mostly wait for Python's lock.
+_PIECE = 1 << 18
 
-# Sorted candidates (errors, or what ascends with them), 1 where they are background, and their weights, to what is kept
-# of each and to their part in the loss.
+
+def _size_of_pieces(errors: int) -> int:
+    """How many errors to handle at a time: few enough for small temporaries and all threads."""
+    return max(_PIECE, -(-errors // (4 * torch.get_num_threads())))
+
+
+# Errors (or what ascends with them), foreground and weights, to what is kept of each pixel and their part in the loss.
 Use = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -35,13 +40,13 @@ def losses_and_gradient(
     pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options
 ) -> tuple[Tensor, Tensor]:
     """What :func:`._lovasz_dense.losses_and_gradient` computes, exact."""
-    batch, form = target.shape[0], _single_class if options.classes is None else _softmax
-    pred = pred.flatten(2).expand(batch, -1, -1)
-    gradient = torch.empty(pred.shape, dtype=options.dtype_of(pred, weight), device="cpu")
-    divisor, step = options.divisor(batch), 1 if options.per_image else batch
-    groups = zip(*(tensor.split(step) for tensor in (pred, target.flatten(1), gradient)))
-    losses = _each(lambda group: form(*group, weight, divisor, options), groups, pred[:step].numel())
-    return torch.stack(losses), gradient
+    gradient = torch.empty((len(target), pred[0].numel()), dtype=options.dtype_of(pred, weight), device="cpu")
+    gradient = gradient.view(len(target), pred.shape[1], -1)
+    form = _single_class if options.classes is None else _softmax
+    if pred.numel() > 2 * _PIECE:
+        return form(pred, target, weight, gradient, options), gradient
+    # Handing out several pieces would take longer than it spares.
+    return in_pieces(lambda pred: form(pred, target, weight, gradient, options), [pred])[0], gradient
 
 
 def _each(work: Callable[[Any], Any], items: Iterable[Any], size: int) -> list[Any]:
@@ -56,42 +61,76 @@ def _each(work: Callable[[Any], Any], items: Iterable[Any], size: int) -> list[A
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _single_class(
-    pred: Tensor, target: Tensor, gradient: Tensor, _: Optional[Tensor], divisor: int, options: Options
+def _single_class(pred: Tensor, target: Tensor, _: Optional[Tensor], gradient: Tensor, options: Options) -> Tensor:
+    """Losses of groups of logits ``(B, 1, H, W)``; their gradient overwrites a tensor."""
+    shape = (len(target) if options.per_image else 1, -1)
+    logits, labels, gradient = (tensor.reshape(shape) for tensor in (pred, target, gradient))
+    use = partial(_hinge, divisor=options.divisor(len(logits)))
+    is_long = logits.shape[1] > 2 * _PIECE
+    rows = partial(_long_row_of_margins if is_long else _rows_of_margins, use=use, ignore_index=options.ignore_index)
+    step = 1 if is_long else max(1, min(_PIECE // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
+    pieces = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
+    return torch.cat(_each(lambda piece: rows(*piece), pieces, step * logits.shape[1]))
+
+
+def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]) -> Tensor:
+    """Losses of rows of pixels ``(R, N)``, one for each group; their gradient overwrites a tensor."""
+    margins = torch.empty_like(gradient)
+    foreground, sizes, smallest, largest = _measure_margins(logits, labels, margins, ignore_index)
+    weights = _rank_rows(margins, foreground, sizes, _floors(smallest, largest))
+    values, losses = use(margins, foreground, weights)
+    gradient.copy_(values)
+    return losses.masked_fill_(largest.isnan(), float("nan"))
+
+
+def _long_row_of_margins(
+    logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]
 ) -> Tensor:
-    """Loss of one group of logits ``(B, 1, N)``; its gradient overwrites a tensor."""
-    row, labels = gradient.view(-1), target.flatten()
-
-    def measure(piece: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """From logits to margins, which ascend with the errors. Return the foreground size and two margins."""
-        logits, labels, margins = piece
-        foreground, valid = binary_labels(labels, options.ignore_index)
-        signs = torch.empty_like(margins).copy_(foreground.view(torch.uint8)).mul_(-2.0).add_(1.0)
-        torch.mul(signs, logits, out=margins)
-        if valid is not None:
-            margins.masked_fill_(~valid, float("-inf"))
-        # The maximum is a margin on the foreground and above all elsewhere: faster than to choose by a mask.
-        smallest = signs.mul_(torch.finfo(signs.dtype).max).maximum(margins).amin()
-        return foreground.count_nonzero(), smallest, margins.amax()
-
-    pieces = zip(*(tensor.split(2 * _PIECE) for tensor in (pred.flatten(), labels, row)))
-    sizes, smallest, largest = (torch.stack(each) for each in zip(*in_pieces(measure, pieces)))
-    largest = largest.amax()
-    # A hinge error is above 0, where the margin is above -1.
-    above = torch.nextafter(largest.new_tensor(-1.0), largest.new_tensor(0.0))
-    floor = torch.stack([smallest.amin(), largest]).amin().maximum(above)
-    loss = _rank(row, labels, 1, sizes.sum(), floor, row, partial(_hinge, divisor=divisor))
-    return torch.where(largest.isnan(), largest, loss)
+    """The same for one row ``(1, N)``, in pieces."""
+    # Where the gradient will be, the margins are kept before.
+    step = _size_of_pieces(logits.shape[1])
+    pieces = zip(*(tensor.split(step, 1) for tensor in (logits, labels, gradient)))
+    measured = in_pieces(lambda piece: _measure_margins(*piece, ignore_index)[1:], pieces)
+    sizes, smallest, largest = (torch.cat(each) for each in zip(*measured))
+    largest = largest.amax(0, keepdim=True)
+    floor = _floors(smallest.amin(0, keepdim=True), largest)
+    losses = _rank_long_row(gradient[0], labels[0], 1, sizes.sum(), floor, gradient[0], use)
+    return losses.masked_fill_(largest.isnan(), float("nan"))
 
 
-def _hinge(margins: Tensor, background: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Gradient and loss."""
+def _measure_margins(
+    logits: Tensor, labels: Tensor, margins: Tensor, ignore_index: Optional[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Overwrite ``margins``, which ascend with the errors, of pixels ``(R, N)``.
+
+    Returns:
+        the foreground, bytes ``(R, N)``; and of each row its size, its smallest margin and the largest margin of all.
+    """
+    foreground, valid = binary_labels(labels, ignore_index)
+    foreground = foreground.view(torch.uint8)  # which PyTorch turns into numbers several times as fast as bools
+    signs = torch.empty_like(margins).copy_(foreground).mul_(-2.0).add_(1.0)
+    torch.mul(signs, logits, out=margins)
+    if valid is not None:
+        margins.masked_fill_(~valid, float("-inf"))
+    # The maximum is a margin on the foreground and a number above all elsewhere: faster than to choose by a mask.
+    smallest = signs.mul_(torch.finfo(signs.dtype).max).maximum(margins).amin(1)
+    return foreground, foreground.sum(1), smallest, margins.amax(1)
+
+
+def _floors(smallest: Tensor, largest: Tensor) -> Tensor:
+    """The smallest margin of a candidate: of a hinge error above 0, no smaller than that of all foreground."""
+    above = torch.nextafter(smallest.new_tensor(-1.0), smallest.new_tensor(0.0))
+    return smallest.minimum(largest).maximum(above)
+
+
+def _hinge(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Gradient of the hinge loss, and the loss of each row."""
     weights = weights.div_(divisor)
-    errors = margins.add(1.0)
-    loss = errors.mul(weights).sum()
-    if loss.isnan():  # the product of no weight and an infinite error
-        loss = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum()
-    return errors.copy_(background).mul_(2.0).sub_(1.0).mul_(weights), loss
+    errors = (margins + 1.0).relu_()
+    losses = errors.mul(weights).sum(-1)
+    if losses.isnan().any():  # the product of no weight and an infinite error
+        losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
+    return errors.copy_(foreground).mul_(-2.0).add_(1.0).mul_(weights), losses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,19 +138,25 @@ def _hinge(margins: Tensor, background: Tensor, weights: Tensor, divisor: int) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _softmax(
-    pred: Tensor, target: Tensor, gradient: Tensor, weight: Optional[Tensor], divisor: int, options: Options
-) -> Tensor:
-    """Loss of one group of logits ``(B, C, N)``; its gradient overwrites a tensor."""
-    group = _SoftmaxGroup(pred, target, gradient, options.ignore_index)
-    sizes, smallest, largest = (torch.stack(each) for each in zip(*in_pieces(group.measure, group.pieces)))
-    sizes, smallest = sizes.sum(0), smallest.amin(0)
-    factors = class_factors(options.classes or "all", weight, sizes.unsqueeze(0), divisor, gradient.dtype)[0]
-    group.rank(sizes, smallest, factors)
-    alone = group.find_alone(largest, ((factors != 0) & (sizes == 0)).nonzero().squeeze(1), factors)
-    loss = torch.stack(in_pieces(group.finish, group.pieces)).sum()
-    gradient.index_put_(*alone, accumulate=True)
-    return torch.where(largest.amax().isnan(), float("nan"), loss)
+def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: Tensor, options: Options) -> Tensor:
+    """Losses of groups of logits ``(B, C, H, W)``; their gradient overwrites a tensor."""
+    batch, divisor = len(target), options.divisor(len(target))
+    logits, labels = pred.flatten(2).expand(batch, -1, -1), target.flatten(1)
+
+    def loss_of(tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        group = _SoftmaxGroup(*tensors, options.ignore_index)
+        sizes, smallest, largest = (torch.stack(each) for each in zip(*in_pieces(group.measure, group.pieces)))
+        sizes, smallest = sizes.sum(0), smallest.amin(0)
+        factors = class_factors(options.classes or "all", weight, sizes.unsqueeze(0), divisor, gradient.dtype)[0]
+        group.rank(sizes, smallest, factors)
+        alone = group.find_alone(largest, ((factors != 0) & (sizes == 0)).nonzero().squeeze(1), factors)
+        loss = torch.stack(in_pieces(group.finish, group.pieces)).sum()
+        group.errors.index_put_(*alone, accumulate=True)
+        return torch.where(largest.amax().isnan(), float("nan"), loss)
+
+    step = 1 if options.per_image else batch
+    groups = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
+    return torch.stack(_each(loss_of, groups, gradient[:step].numel()))
 
 
 class _SoftmaxGroup:
@@ -124,14 +169,17 @@ class _SoftmaxGroup:
         self.labels = torch.empty((batch, count), dtype=codes, device="cpu")  # the number of classes if ignored
         self.labelled = torch.empty((batch, count), dtype=gradient.dtype, device="cpu")  # probability of the label
         self.share = torch.zeros_like(self.labelled)  # of the pixel in the loss
-        self.width = min(count, max(1, _PIECE // num_classes))
+        self.width = min(count, max(1, _size_of_pieces(pred.numel()) // num_classes))
         self.pieces = [(i, slice(j, j + self.width)) for i in range(batch) for j in range(0, count, self.width)]
 
     def measure(self, piece: tuple[int, slice]) -> tuple[Tensor, Tensor, Tensor]:
         """From logits to errors. Return, of each class: its size, its smallest error and the largest of all errors."""
         num_classes = self.logits.shape[1]
         labels, valid = class_labels(self.target[piece], num_classes, self.ignore_index)
-        errors = self.logits[piece[0], :, piece[1]].to(self.errors.dtype).softmax(0)
+        logits, out = self.logits[piece[0], :, piece[1]], self.errors[piece[0], :, piece[1]]
+        # Of a whole image, the errors are made in place.
+        in_place = {"out": out} if out.is_contiguous() else {}
+        errors = torch.softmax(logits.to(out.dtype), 0, **in_place)
         found = labels
         if valid is not None:
             found = labels.masked_fill(~valid, num_classes)
@@ -140,7 +188,9 @@ class _SoftmaxGroup:
         self.labelled[piece] = errors.gather(0, index)[0]
         # The error of the foreground is the sum of the other probabilities.
         others = errors.scatter_(0, index, 0.0).sum(0)
-        self.errors[piece[0], :, piece[1]] = errors.scatter_(0, index, others.unsqueeze(0))
+        errors.scatter_(0, index, others.unsqueeze(0))
+        if not in_place:
+            out.copy_(errors)
         self.labels[piece] = found
         smallest = torch.full((num_classes + 1,), torch.inf, dtype=errors.dtype, device="cpu")
         smallest.scatter_reduce_(0, found, others, "amin")
@@ -153,15 +203,22 @@ class _SoftmaxGroup:
         # A pixel whose error is 0 has no part in the loss or its gradient, whatever its weight.
         tiny = torch.finfo(factors.dtype).smallest_normal * torch.finfo(factors.dtype).eps
         floors, labels = smallest.clamp(min=tiny), self.labels.view(-1)
+        length = len(labels)
+        weights = self.weights.view(-1, length)
 
-        def rank(row: tuple[int, int]) -> None:
-            place, c = row
-            errors, out = self.errors[:, c].flatten(), self.weights[place].view(-1)
-            _rank(
-                errors, labels, c, sizes[c], floors[c], out, lambda _, __, weights: (weights * factors[c], weights[:0])
-            )
+        def rank(place: int) -> None:
+            rows = self.classes[place : place + step]
+            errors = self.errors.index_select(1, rows).transpose(0, 1).flatten(1)
+            if length > 2 * _PIECE:
+                use = partial(_scaled, factor=factors[rows])
+                _rank_long_row(errors[0], labels, int(rows), sizes[rows], floors[rows], weights[place], use)
+            else:
+                foreground = (labels == rows.unsqueeze(1)).view(torch.uint8)
+                ranked = _rank_rows(errors, foreground, sizes[rows], floors[rows])
+                torch.mul(ranked, factors[rows].unsqueeze(1), out=weights[place : place + step])
 
-        _each(rank, enumerate(self.classes.tolist()), len(labels))
+        step = max(1, min(_PIECE // length, -(-len(self.classes) // torch.get_num_threads())))
+        _each(rank, range(0, len(self.classes), step), step * length)
 
     def find_alone(self, largest: Tensor, absent: Tensor, factors: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Where the largest errors of absent classes are in ``(B, C, N)``, and their parts in the loss."""
@@ -203,63 +260,103 @@ class _SoftmaxGroup:
         return share.sum()
 
 
+def _scaled(errors: Tensor, foreground: Tensor, weights: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights times the factor of their class. The loss comes later."""
+    return weights.mul_(factor), errors.new_zeros(())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From errors to weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rank(errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, use: Use) -> Tensor:
-    """Have the weights of a row used, and return the loss.
+def _rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor) -> Tensor:
+    """Weights of the candidates in rows, and 0 elsewhere.
 
-    A long row is ranked by parallel sorting by regular sampling: runs of its pixels are sorted, samples of the runs
-    divide the range of the errors into parts of about the same size, and the runs are merged part by part.
+    Args:
+        errors: or what ascends with them, ``(R, N)``.
+        foreground: bytes ``(R, N)``.
+        sizes: how many pixels of the foreground a row has, int64 ``(R,)``.
+        floors: of the rows ``(R,)``.
+    """
+    candidates = errors >= floors.unsqueeze(1)
+    lengths = candidates.sum(1)
+    count = int(lengths.sum())
+    if count > errors.numel() // 2:
+        # Gathering most of the errors would cost more than it spares.
+        rows = torch.arange(len(errors), device="cpu").unsqueeze(1)
+        order = descending_order(errors, rows, len(errors)).view(errors.shape).sub_(rows * errors.shape[1])
+        return weights_of_rows(errors, foreground, order).mul_(candidates.view(torch.uint8))
+    weights = torch.zeros_like(errors)
+    if count > 0:
+        places = candidates.flatten().nonzero().squeeze(1)
+        there = (tensor.flatten().index_select(0, places) for tensor in (errors, foreground))
+        ranked = weights_of_segments(*there, lengths, sizes, torch.zeros_like(sizes))
+        weights.view(-1).index_copy_(0, places, ranked)
+    return weights
+
+
+def _rank_long_row(
+    errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, use: Use
+) -> Tensor:
+    """Have the weights of one row used, and return the loss ``(1,)``.
+
+    This is parallel sorting by regular sampling: runs of pixels are sorted, samples of them divide the range of the
+    errors into parts of about the same size, and the runs are merged part by part.
 
     Args:
         errors: of a row, or what ascends with them, ``(N,)``.
         labels: ``(N,)``.
         label: of the foreground.
-        size: of the foreground, 0-d.
-        floor: of the candidates, 0-d.
+        size: of the foreground, int64.
+        floor: of the candidates.
         out: takes what is kept, 0 where there is no candidate, ``(N,)``; may be the errors.
-        use: makes of sorted candidates what is kept.
+        use: makes of candidates what is kept.
     """
     length = len(errors)
-    step = length if length <= 2 * _PIECE else max(_PIECE, -(-length // 32))
+    step = _size_of_pieces(length)
     numbers = torch.int32 if length < 1 << 30 else torch.int64
 
     def sort_run(start: int) -> tuple[Tensor, Tensor]:
-        """Candidates in descending order, and twice their place, plus 1 if they are background."""
+        """Candidates in descending order, and twice their place, plus 1 on the foreground."""
         part = errors[start : start + step]
-        places = (part >= floor).nonzero().squeeze(1)
+        candidates = part >= floor
+        count = int(candidates.count_nonzero())
+        if count == 0:
+            out[start : start + step] = 0.0
+            return part[:0], labels[:0].to(numbers)
+        if count > len(part) // 2:  # finding them would take longer than sorting all
+            places = descending_order(part)[:count]
+        else:
+            places = candidates.nonzero().squeeze(1)
+            places = places.index_select(0, descending_order(part.index_select(0, places)))
         values = part.index_select(0, places)
-        order = descending_order(values)
-        places = places.index_select(0, order)
-        background = labels[start : start + step].index_select(0, places) != label
+        foreground = labels[start : start + step].index_select(0, places) == label
         out[start : start + step] = 0.0
-        return values.index_select(0, order), places.add_(start).mul_(2).add_(background).to(numbers)
+        return values, places.add_(start).to(numbers).mul_(2).add_(foreground)
 
-    def rank_part(tensors: tuple[Any, ...]) -> Tensor:
-        """Merge a part, before which there are so many candidates and so many of the background."""
-        values, tagged = torch.cat(tensors[0]), torch.cat(tensors[1])
-        if len(tensors[0]) > 1:
-            order = descending_order(values)
-            values, tagged = values.index_select(0, order), tagged.index_select(0, order)
-        background = (tagged & 1).to(numbers)
-        union = background.cumsum(0, dtype=numbers).add_(size + tensors[3])
-        position = torch.arange(len(values), dtype=numbers, device="cpu").add_(tensors[2])
-        kept, loss = use(values, background, jaccard_weights(background, position, union, errors.dtype))
+    def rank_part(part: tuple[Any, ...]) -> Tensor:
+        """Merge the slices of the runs, given how many candidates and how much of the foreground come before."""
+        values, tagged, before, passed = torch.cat(part[0]), torch.cat(part[1]), part[2], part[3]
+        if len(values) == 0:
+            return values.sum()
+        order = descending_order(values)
+        values, tagged = values.index_select(0, order), tagged.index_select(0, order)
+        foreground = tagged & 1
+        background = 1 - foreground
+        union = background.cumsum(0, dtype=numbers).add_(size + before - passed)
+        position = torch.arange(len(values), dtype=numbers, device="cpu").add_(before)
+        kept, loss = use(values, foreground, jaccard_weights(background, position, union, errors.dtype))
         out.index_copy_(0, (tagged >> 1).to(torch.int64), kept)
-        return loss.sum()
+        return loss
 
     values, tagged = zip(*in_pieces(sort_run, range(0, length, step)))
-    if len(values) == 1:
-        return rank_part((values, tagged, size.new_zeros(()), size.new_zeros(())))
-    spacing = _PIECE // 64
+    spacing = max(1, step // 64)
     samples = torch.cat([run[spacing - 1 :: spacing] for run in values]).sort(descending=True).values
     edges = samples[63::64].neg()
 
     def divide(run: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Where the parts of a run end, and how much background it has up to there."""
+        """Where the parts of a run end, and how much foreground it has up to there."""
         ends = torch.nn.functional.pad(torch.searchsorted(run[0].neg(), edges, right=True), (0, 1), value=len(run[0]))
         return ends, torch.nn.functional.pad((run[1] & 1).cumsum(0), (1, 0)).index_select(0, ends)
 
@@ -267,4 +364,4 @@ def _rank(errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tenso
     lengths = ends.diff(dim=1, prepend=ends.new_zeros(len(ends), 1)).tolist()
     values, tagged = (zip(*(run.split(part) for run, part in zip(runs, lengths))) for runs in (values, tagged))
     before = (torch.nn.functional.pad(each.sum(0)[:-1], (1, 0)) for each in (ends, passed))
-    return torch.stack(in_pieces(rank_part, zip(values, tagged, *before))).sum()
+    return torch.stack(in_pieces(rank_part, zip(values, tagged, *before))).sum(0, keepdim=True)

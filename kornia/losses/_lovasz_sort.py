@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranking by sorting."""
+"""Ranking by sorting: from the errors of a row, one class in one group, to the weights of the Lovász extension."""
 
 from __future__ import annotations
+
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -9,23 +11,29 @@ from torch import Tensor
 from ._eager import is_eager
 from ._lovasz import jaccard_weights
 
-# Errors sorted at a time in eager code, unless one row is longer: the temporaries take some 40 bytes each.
+# Errors sorted at a time on other devices than the CPU, unless one row is longer: they take some 40 bytes each.
 _SLAB = 1 << 22
 # PyTorch sorts shorter vectors of integers by comparison, which costs more than padding one of a fifth of this length.
 _MIN_DIGITS = 1 << 15
 
 
 def sorted_weights(errors: Tensor, foreground: Tensor) -> Tensor:
-    """Weights of rows of errors ``(R, N)``, or of anything that ascends with them, on any device.
+    """Weights of rows of errors ``(R, N)``, or of anything that ascends with them.
 
     Pixels to ignore must be background with an error below every valid one. They then rank last, where the weight of a
-    background pixel is 0, unless there is no valid pixel at all.
+    background pixel is 0, unless there is no valid pixel at all. The foreground is bool or bytes.
     """
     length = errors.shape[1]
     if is_eager(errors) and errors.numel() > max(_SLAB, length):
         step = max(1, _SLAB // length)
         return torch.cat([sorted_weights(*part) for part in zip(errors.split(step), foreground.split(step))])
     order = errors.argsort(dim=1, descending=True, stable=True)
+    return weights_of_rows(errors, foreground, order)
+
+
+def weights_of_rows(errors: Tensor, foreground: Tensor, order: Tensor) -> Tensor:
+    """Weights of rows of errors ``(R, N)``, given the order of each from the largest error to the smallest."""
+    length = errors.shape[1]
     counts = torch.int32 if errors.numel() < 2**31 else torch.int64
     background = foreground.gather(1, order).logical_not().to(counts)
     # One sum over all rows, which CUDA adds up faster than few rows: what comes before a row cancels in the next line.
@@ -35,21 +43,68 @@ def sorted_weights(errors: Tensor, foreground: Tensor) -> Tensor:
     return errors.scatter(1, order, jaccard_weights(background, position, union, errors.dtype))
 
 
-def descending_order(errors: Tensor) -> Tensor:
-    """Stable order of errors ``(N,)`` on the CPU, without nan, from the largest to the smallest.
+def weights_of_segments(
+    errors: Tensor, foreground: Tensor, lengths: Tensor, unions: Tensor, positions: Tensor
+) -> Tensor:
+    """Weights of errors on the CPU, in segments of any length that lie one after the other in a vector.
+
+    Args:
+        errors: ``(M,)``, float32 or float64, without nan.
+        foreground: bytes ``(M,)``.
+        lengths: of the segments, int64 ``(S,)``.
+        unions: for each segment, the foreground size of its row and the background with larger errors than it holds.
+        positions: how many pixels of the row have larger errors.
+    """
+    most = int(unions.max()) + int(positions.max()) + len(errors)
+    counts = torch.int32 if most < 2**31 else torch.int64
+    segments = torch.repeat_interleave(lengths) if len(lengths) > 1 else None
+
+    def of_errors(values: Tensor) -> Tensor:
+        """The value of its segment for each error."""
+        values = values.to(counts)
+        return values if segments is None else values.index_select(0, segments)
+
+    order = descending_order(errors, segments, len(lengths))
+    background = foreground.index_select(0, order).logical_not().to(counts)
+    union = background.cumsum(0, dtype=counts)
+    starts = lengths.cumsum(0) - lengths
+    passed = torch.cat([union.new_zeros(1), union]).index_select(0, starts)
+    union += of_errors(unions - passed)
+    position = torch.arange(len(errors), dtype=counts, device="cpu") + of_errors(positions - starts)
+    return torch.empty_like(errors).scatter_(0, order, jaccard_weights(background, position, union, errors.dtype))
+
+
+def descending_order(errors: Tensor, segments: Optional[Tensor] = None, count: int = 1) -> Tensor:
+    """Stable order of errors in one vector on the CPU, the first segment first and in it the largest error.
 
     PyTorch sorts a vector of integers by their digits, ten times as fast as floating-point numbers.
+
+    Args:
+        errors: float32 or float64, of any shape, without nan.
+        segments: the segment of each error, int64, of that shape or one that expands to it; None: there is one.
+        count: how many segments there are.
     """
-    count = len(errors)
-    if count < 2:
-        return torch.zeros(count, dtype=torch.int64, device="cpu")
     # The bits of a number order it, once those of a negative number are inverted; inverting all makes it descend.
     bits = errors.view(torch.int32 if errors.dtype == torch.float32 else torch.int64)
-    limits = torch.iinfo(bits.dtype)
-    keys = (bits >> limits.bits - 1).bitwise_and_(limits.max).bitwise_xor_(bits).bitwise_not_()
+    largest = torch.iinfo(bits.dtype).max
+    keys = (bits >> (8 * bits.element_size() - 1)).bitwise_and_(largest).bitwise_xor_(bits).bitwise_not_()
     low, high = (int(key) for key in torch.aminmax(keys))
-    if high - low <= limits.max:
-        keys -= low  # a smaller number has fewer digits
+    width = (high - low).bit_length()
+    if count << width <= largest:
+        # A smaller number has fewer digits.
+        keys.sub_(low)
+        return _order_of_integers(keys if segments is None else keys.add_(segments.to(keys.dtype) << width))
+    order = _order_of_integers(keys)
+    if segments is None:
+        return order
+    # In a second pass, the number of the segment costs one digit or two, and four as a part of wider keys.
+    segments = segments.to(torch.uint8 if count <= 256 else torch.int32).expand(keys.shape).flatten()
+    return order.index_select(0, _order_of_integers(segments.index_select(0, order)))
+
+
+def _order_of_integers(keys: Tensor) -> Tensor:
+    """Stable ascending order of integers in one vector."""
+    keys, count = keys.flatten(), keys.numel()
     if _MIN_DIGITS // 5 < count < _MIN_DIGITS:
-        keys = torch.cat([keys, keys.new_full((_MIN_DIGITS - count,), limits.max)])
+        keys = torch.cat([keys, keys.new_full((_MIN_DIGITS - count,), torch.iinfo(keys.dtype).max)])
     return keys.sort(stable=True).indices[:count]
