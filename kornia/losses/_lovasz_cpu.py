@@ -145,14 +145,14 @@ def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: T
 
     def loss_of(tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         group = _SoftmaxGroup(*tensors, options.ignore_index)
-        sizes, smallest, largest = (torch.stack(each) for each in zip(*in_pieces(group.measure, group.pieces)))
+        sizes, smallest = (torch.stack(each) for each in zip(*in_pieces(group.measure, group.pieces)))
         sizes, smallest = sizes.sum(0), smallest.amin(0)
         factors = class_factors(options.classes or "all", weight, sizes.unsqueeze(0), divisor, gradient.dtype)[0]
-        group.rank(sizes, smallest, factors)
-        alone = group.find_alone(largest, ((factors != 0) & (sizes == 0)).nonzero().squeeze(1), factors)
+        group.rank(((factors != 0) & (sizes > 0)).nonzero().squeeze(1), sizes, smallest, factors)
+        alone = group.find_alone(((factors != 0) & (sizes == 0)).nonzero().squeeze(1), factors)
         loss = torch.stack(in_pieces(group.finish, group.pieces)).sum()
         group.errors.index_put_(*alone, accumulate=True)
-        return torch.where(largest.amax().isnan(), float("nan"), loss)
+        return torch.where(group.largest.amax().isnan(), float("nan"), loss)
 
     step = 1 if options.per_image else batch
     groups = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
@@ -169,11 +169,15 @@ class _SoftmaxGroup:
         self.labels = torch.empty((batch, count), dtype=codes, device="cpu")  # the number of classes if ignored
         self.labelled = torch.empty((batch, count), dtype=gradient.dtype, device="cpu")  # probability of the label
         self.share = torch.zeros_like(self.labelled)  # of the pixel in the loss
-        self.width = min(count, max(1, _size_of_pieces(pred.numel()) // num_classes))
-        self.pieces = [(i, slice(j, j + self.width)) for i in range(batch) for j in range(0, count, self.width)]
+        # The largest error of each line of pixels, whose length divides their number.
+        self.line = next(line for line in range(256, 0, -1) if count % line == 0)
+        self.largest = torch.empty((batch, num_classes, count // self.line), dtype=gradient.dtype, device="cpu")
+        width = _size_of_pieces(pred.numel()) // num_classes
+        width = min(count, -(-width // self.line) * self.line)
+        self.pieces = [(i, slice(j, j + width)) for i in range(batch) for j in range(0, count, width)]
 
-    def measure(self, piece: tuple[int, slice]) -> tuple[Tensor, Tensor, Tensor]:
-        """From logits to errors. Return, of each class: its size, its smallest error and the largest of all errors."""
+    def measure(self, piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:
+        """From logits to errors. Return the size of each class, and the smallest error of its foreground."""
         num_classes = self.logits.shape[1]
         labels, valid = class_labels(self.target[piece], num_classes, self.ignore_index)
         logits, out = self.logits[piece[0], :, piece[1]], self.errors[piece[0], :, piece[1]]
@@ -194,11 +198,13 @@ class _SoftmaxGroup:
         self.labels[piece] = found
         smallest = torch.full((num_classes + 1,), torch.inf, dtype=errors.dtype, device="cpu")
         smallest.scatter_reduce_(0, found, others, "amin")
-        return found.bincount(minlength=num_classes + 1)[:-1], smallest[:-1], errors.amax(1)
+        lines = slice(piece[1].start // self.line, -(-piece[1].stop // self.line))
+        self.largest[piece[0], :, lines] = errors.view(num_classes, -1, self.line).amax(2)
+        return found.bincount(minlength=num_classes + 1)[:-1], smallest[:-1]
 
-    def rank(self, sizes: Tensor, smallest: Tensor, factors: Tensor) -> None:
-        """From errors to weights, times the factors, of the classes that have foreground and a factor."""
-        self.classes = ((factors != 0) & (sizes > 0)).nonzero().squeeze(1)
+    def rank(self, classes: Tensor, sizes: Tensor, smallest: Tensor, factors: Tensor) -> None:
+        """From errors to weights, times the factors, of some classes."""
+        self.classes = classes
         self.weights = torch.empty((len(self.classes), *self.labels.shape), dtype=factors.dtype, device="cpu")
         # A pixel whose error is 0 has no part in the loss or its gradient, whatever its weight.
         tiny = torch.finfo(factors.dtype).smallest_normal * torch.finfo(factors.dtype).eps
@@ -220,22 +226,15 @@ class _SoftmaxGroup:
         step = max(1, min(_PIECE // length, -(-len(self.classes) // torch.get_num_threads())))
         _each(rank, range(0, len(self.classes), step), step * length)
 
-    def find_alone(self, largest: Tensor, absent: Tensor, factors: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def find_alone(self, absent: Tensor, factors: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Where the largest errors of absent classes are in ``(B, C, N)``, and their parts in the loss."""
-        piece = largest.argmax(0)[absent]
-        starts = torch.tensor([(image, pixels.start) for image, pixels in self.pieces], device="cpu")
-        image, start = starts[piece].unbind(1)
-        step = max(1, _PIECE // self.width)
-
-        def find(rows: tuple[Tensor, ...]) -> Tensor:
-            image, c, start = (each.unsqueeze(1) for each in rows)
-            pixels = (start + torch.arange(self.width, device="cpu")).clamp_(max=self.errors.shape[2] - 1)
-            return pixels.gather(1, self.errors[image, c, pixels].argmax(1, keepdim=True)).squeeze(1)
-
-        pixels = torch.cat(in_pieces(find, zip(image.split(step), absent.split(step), start.split(step))))
-        parts = self.errors[image, absent, pixels] * factors[absent]
-        self.share.index_put_((image, pixels), parts, accumulate=True)
-        return (image, absent, pixels), parts
+        line = self.largest.index_select(1, absent).transpose(0, 1).flatten(1).argmax(1)
+        image, line = line // self.largest.shape[2], line % self.largest.shape[2]
+        errors = self.errors.unflatten(2, (-1, self.line))[image, absent, line]
+        pixel = line * self.line + errors.argmax(1)
+        parts = errors.amax(1) * factors[absent]
+        self.share.index_put_((image, pixel), parts, accumulate=True)
+        return (image, absent, pixel), parts
 
     def finish(self, piece: tuple[int, slice]) -> Tensor:
         """From weights to the gradient, in place of the errors. Return the part in the loss.
@@ -248,11 +247,13 @@ class _SoftmaxGroup:
         num_classes, is_all = len(errors), len(self.classes) == len(errors)
         parts = (errors if is_all else errors.index_select(0, self.classes)) * weights
         share += parts.sum(0)
-        # Of each label, its place among the ranked classes; of one that is not, the place of a foreground weight of 0.
-        places = torch.full((num_classes + 1,), len(self.classes), device="cpu")
-        places[self.classes] = torch.arange(len(self.classes), device="cpu")
-        places = places.index_select(0, labels)
-        lift = torch.cat([weights, torch.zeros_like(share).unsqueeze(0)]).gather(0, places.unsqueeze(0))[0]
+        lift = torch.zeros_like(share)
+        if len(self.classes) > 0:
+            # Of each label, its place among the ranked classes; of one that is not, none.
+            places = torch.full((num_classes + 1,), -1, device="cpu")
+            places[self.classes] = torch.arange(len(self.classes), device="cpu")
+            places = places.index_select(0, labels)
+            lift = weights.gather(0, places.clamp(min=0).unsqueeze(0))[0].mul_(places >= 0)
         errors.mul_(lift - share)
         _ = errors.add_(parts) if is_all else errors.index_add_(0, self.classes, parts)
         labels = labels.clamp_(max=num_classes - 1).unsqueeze(0)
