@@ -83,7 +83,9 @@ def binary_labels(target: Tensor, ignore_index: Optional[int]) -> tuple[Tensor, 
         ValueError: a label on the CPU is neither 0, 1 nor the one to ignore.
     """
     labels, valid, checked = _mask(target if target.is_floating_point() else _as_integers(target), 2, ignore_index)
-    if not checked and not labels.requires_grad:  # gradcheck moves labels a little: what is not 1 is background
+    if checked:
+        return labels.to(torch.uint8).view(torch.bool), valid  # three times as fast as to compare
+    if not labels.requires_grad:  # gradcheck moves labels a little: what is not 1 is background
         expected = "target must hold 0 for the background and 1 for the foreground"
         if ignore_index is not None:
             expected += f", or ignore_index={int(ignore_index)} for pixels to ignore"

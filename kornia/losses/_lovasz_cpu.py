@@ -68,7 +68,8 @@ def _single_class(pred: Tensor, target: Tensor, _: Optional[Tensor], gradient: T
     use = partial(_hinge, divisor=options.divisor(len(logits)))
     is_long = logits.shape[1] > 2 * _PIECE
     rows = partial(_long_row_of_margins if is_long else _rows_of_margins, use=use, ignore_index=options.ignore_index)
-    step = 1 if is_long else max(1, min(_PIECE // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
+    # Rows are sorted together as long as that spares steps: the number of a row makes keys longer.
+    step = max(1, min(_PIECE // 8 // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
     pieces = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
     return torch.cat(_each(lambda piece: rows(*piece), pieces, step * logits.shape[1]))
 
@@ -76,8 +77,8 @@ def _single_class(pred: Tensor, target: Tensor, _: Optional[Tensor], gradient: T
 def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]) -> Tensor:
     """Losses of rows of pixels ``(R, N)``, one for each group; their gradient overwrites a tensor."""
     margins = torch.empty_like(gradient)
-    foreground, sizes, smallest, largest = _measure_margins(logits, labels, margins, ignore_index)
-    weights = _rank_rows(margins, foreground, sizes, _floors(smallest, largest))
+    foreground, sizes, largest = _measure_margins(logits, labels, margins, ignore_index)
+    weights = _rank_rows(margins, foreground, sizes, _floors(sizes, largest))
     values, losses = use(margins, foreground, weights)
     gradient.copy_(values)
     return losses.masked_fill_(largest.isnan(), float("nan"))
@@ -91,36 +92,32 @@ def _long_row_of_margins(
     step = _size_of_pieces(logits.shape[1])
     pieces = zip(*(tensor.split(step, 1) for tensor in (logits, labels, gradient)))
     measured = in_pieces(lambda piece: _measure_margins(*piece, ignore_index)[1:], pieces)
-    sizes, smallest, largest = (torch.cat(each) for each in zip(*measured))
-    largest = largest.amax(0, keepdim=True)
-    floor = _floors(smallest.amin(0, keepdim=True), largest)
-    losses = _rank_long_row(gradient[0], labels[0], 1, sizes.sum(), floor, gradient[0], use)
+    sizes, largest = (torch.cat(each) for each in zip(*measured))
+    size, largest = sizes.sum(0, keepdim=True), largest.amax(0, keepdim=True)
+    losses = _rank_long_row(gradient[0], labels[0], 1, size, _floors(size, largest), gradient[0], use)
     return losses.masked_fill_(largest.isnan(), float("nan"))
 
 
 def _measure_margins(
     logits: Tensor, labels: Tensor, margins: Tensor, ignore_index: Optional[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrite ``margins``, which ascend with the errors, of pixels ``(R, N)``.
 
     Returns:
-        the foreground, bytes ``(R, N)``; and of each row its size, its smallest margin and the largest margin of all.
+        the foreground, bytes ``(R, N)``; and of each row the size of the foreground and the largest margin.
     """
     foreground, valid = binary_labels(labels, ignore_index)
     foreground = foreground.view(torch.uint8)  # which PyTorch turns into numbers several times as fast as bools
-    signs = torch.empty_like(margins).copy_(foreground).mul_(-2.0).add_(1.0)
-    torch.mul(signs, logits, out=margins)
+    torch.mul(margins.copy_(foreground).mul_(-2.0).add_(1.0), logits, out=margins)
     if valid is not None:
         margins.masked_fill_(~valid, float("-inf"))
-    # The maximum is a margin on the foreground and a number above all elsewhere: faster than to choose by a mask.
-    smallest = signs.mul_(torch.finfo(signs.dtype).max).maximum(margins).amin(1)
-    return foreground, foreground.sum(1), smallest, margins.amax(1)
+    return foreground, foreground.sum(1, dtype=torch.int32).to(torch.int64), margins.amax(1)
 
 
-def _floors(smallest: Tensor, largest: Tensor) -> Tensor:
-    """The smallest margin of a candidate: of a hinge error above 0, no smaller than that of all foreground."""
-    above = torch.nextafter(smallest.new_tensor(-1.0), smallest.new_tensor(0.0))
-    return smallest.minimum(largest).maximum(above)
+def _floors(sizes: Tensor, largest: Tensor) -> Tensor:
+    """The smallest margin of a candidate: of a hinge error above 0, and without foreground that of the largest."""
+    above = torch.nextafter(largest.new_tensor(-1.0), largest.new_tensor(0.0))
+    return largest.where(sizes == 0, above).maximum(above)
 
 
 def _hinge(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
