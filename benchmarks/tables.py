@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+COMPILED = ", compiled"
 OURS, BINNED, GROUPED = "this fork", "this fork, 1024 bins", "this fork, in a group"
 BASELINE, RELEASE = "cross-entropy", "Kornia 0.9.0"
 SHORT = {
@@ -74,26 +75,27 @@ def drawn_table(results: dict) -> str:
         rows = extremes(grid, above, below, best)
         lines.append([title, *(digits(value) for value, _ in rows.values())])
         notes.append(f"{end} {rows['worst'][1]}.")
-    if "one thread" in results["grid"]:
-        rows = extremes(results["grid"]["one thread"], RELEASE, OURS, max)
-        lines.insert(2, ["the same with one thread", *(digits(value) for value, _ in rows.values())])
     title = f"{len(grid)} scenes of any shape, drawn at random"
     return list_table(title, lines) + "\n" + "\n".join(notes) + "\n"
 
 
-def circumstances_table(results: dict) -> str:
-    """What one thread and other work on the machine change."""
-    lines = [["", "times as fast as Kornia 0.9.0", "our time, in multiples of that on an idle machine"]]
-    idle = results["grid"]["idle"]
+def circumstances(results: dict) -> list[list[str]]:
+    """How many times as fast as the release, and as themselves on an idle machine, they are where people train."""
+    grids = results["grid"]
+    lines = [["", "worst", "median", "best", "our time, in multiples of that idle: median, worst"]]
     names = {"idle": "idle, all threads", "one thread": "idle, one thread", "busy": "beside two busy processes"}
-    for name, grid in results["grid"].items():
-        rows = {label: grid[label] for label in results["grid"]["busy"]}
+    for name, grid in grids.items():
+        rows = extremes(grid, RELEASE, OURS, max)
         times = [
-            statistics.median(seconds[OURS]) / statistics.median(idle[label][OURS]) for label, seconds in rows.items()
+            statistics.median(s[OURS]) / statistics.median(grids["idle"][label][OURS]) for label, s in grid.items()
         ]
-        speed = statistics.median(ratio(seconds, RELEASE, OURS) for seconds in rows.values())
-        lines.append([names[name], digits(speed), digits(statistics.median(times))])
-    return list_table(f"{len(results['grid']['busy'])} of them under other circumstances, medians", lines)
+        own = f"{digits(statistics.median(times))}, {digits(max(times))}"
+        lines.append([names[name], *(digits(value) for value, _ in rows.values()), own])
+    rows = extremes(results["compiled"], f"{RELEASE}{COMPILED}", f"{OURS}{COMPILED}", max)
+    own = [ratio(seconds, f"{OURS}{COMPILED}", OURS) for seconds in results["compiled"].values()]
+    own = f"{digits(statistics.median(own))}, {digits(max(own))} (of eager)"
+    lines.append(["compiled, both", *(digits(value) for value, _ in rows.values()), own])
+    return lines
 
 
 def by_stage(rows: dict[str, dict[str, str]]) -> list[list[str]]:
@@ -148,24 +150,23 @@ def accuracy_table(results: dict) -> str:
 
 
 def claim(device: str) -> str:
-    """What the front page says; of a CPU, also with one thread."""
+    """What the front page says: the worst first."""
     results = read(device)
-    grid, machine = results["grid"]["idle"], results["machine"]
+    grids, machine = results["grid"], results["machine"]
 
-    def span(rows: dict[str, tuple[float, str]], names: tuple[str, ...] = ("worst", "median", "best")) -> list[str]:
-        return [digits(rows[name][0]) for name in names]
+    def span(rows: dict[str, tuple[float, str]], names: tuple[str, ...] = ("worst", "best", "median")) -> str:
+        return "{} to {} times{{}} (median {})".format(*(digits(rows[name][0]) for name in names))
 
-    low, middle, high = span(extremes(grid, RELEASE, OURS, max))
-    least, median, most = span(extremes(grid, OURS, BASELINE, min), ("best", "median", "worst"))
     place = f"on an {machine['device']}" if device == "cuda" else f"with {machine['threads']} threads"
-    sentence = (
-        f"Over {len(grid)} shapes drawn at random, {place}, they are {low} to {high} times as fast as Kornia 0.9.0 "
-        f"(median {middle}), for {least} to {most} times the time of cross-entropy (median {median})."
-    )
-    if device == "cpu":
-        low, middle, high = span(extremes(results["grid"]["one thread"], RELEASE, OURS, max))
-        sentence += f" With one thread they are {low} to {high} times as fast (median {middle})."
-    return sentence
+    sentence = f"Over {len(grids['idle'])} shapes drawn at random, {place}, they are "
+    sentence += span(extremes(grids["idle"], RELEASE, OURS, max)).format(" as fast as Kornia 0.9.0")
+    if "busy" in grids:
+        sentence += ", beside two busy processes " + span(extremes(grids["busy"], RELEASE, OURS, max)).format("")
+        rows = extremes(results["compiled"], f"{RELEASE}{COMPILED}", f"{OURS}{COMPILED}", max)
+        sentence += ", and compiled " + span(rows).format(" as fast as Kornia compiled")
+    cost = span(extremes(grids["idle"], OURS, BASELINE, min), ("best", "worst", "median"))
+    cost = cost.format(" the time of cross-entropy")
+    return f"{sentence}. They take {cost}."
 
 
 def setting(results: dict, device: str) -> str:
@@ -186,7 +187,10 @@ def write_docs(folder: Path) -> None:
         parts = []
         if results:
             parts = [title, "-" * len(title), "", claim(device), "", drawn_table(results)]
-            parts += [circumstances_table(results)] if "busy" in results["grid"] else []
+            if "busy" in results["grid"]:
+                parts.insert(
+                    4, list_table("How many times as fast as Kornia 0.9.0, where people train", circumstances(results))
+                )
             parts += [time_table(results), memory_table(results), compiled_table(results), setting(results, device)]
         (folder / f"speed_{device}.rst").write_text("\n".join(parts), encoding="utf-8")
     (folder / "accuracy.rst").write_text(accuracy_table(read("cpu")), encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from run import HERE, in_turn, machine, on_device, spread, table
+from run import HERE, in_turn, machine, on_device, spread, table, under
 from scenes import Scene
 from torch.utils.benchmark import Timer
 
@@ -94,8 +94,11 @@ def main() -> None:
     jobs, rounds = ([((1, 1, 32, 32), "late")], 1) if args.smoke else (JOBS, args.rounds)
 
     results: dict = {"machine": machine(args.device), "times": {}}
-    for shape, stage in jobs:
-        results["times"][str(Scene("hinge", shape, stage))] = measure(shape, stage, args.device, rounds)
+    for name in ("idle", "busy")[: 2 if args.device.type == "cpu" else 1]:
+        with under(name):
+            for shape, stage in jobs:
+                label = f"{Scene('hinge', shape, stage)}{'' if name == 'idle' else ', ' + name}"
+                results["times"][label] = measure(shape, stage, args.device, rounds)
 
     console = Console(width=200 if not sys.stdout.isatty() else None)
     console.print(" · ".join(str(value) for value in results["machine"].values()))

@@ -393,8 +393,10 @@ class TestLovaszSizes(LovaszTester):
         expected = quick_oracle(loss, reference, target, **options)
         (expected_grad,) = torch.autograd.grad(expected, reference)
         self.assert_close(value.item(), expected.item(), rtol=2 * RTOL[dtype], atol=0.0)
-        if dtype in (torch.float32, torch.float64):  # in which few errors are equal
-            assert (grad - expected_grad.to(device)).norm() < (1e-5 if dtype == torch.float32 else 1e-7) * grad.norm()
+        if dtype in (torch.float32, torch.float64):
+            # probabilities that float32 rounds to the same, or swaps, move weights
+            bound = 1e-7 if dtype == torch.float64 else 1e-5 if loss is HINGE else 2e-4
+            assert (grad - expected_grad.to(device)).norm() < bound * grad.norm()
 
     @pytest.mark.parametrize("size", SIZES, ids=str)
     @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -61,19 +61,28 @@ class TestRank:
         torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
     @pytest.mark.parametrize("share", [0.1, 1.0])
+    def test_candidates_of_rows(self, kind, shape, dtype, share):
+        """They have the weights that they have among all, and the others have 0."""
+        errors, foreground, expected = make_rows(kind, shape, dtype)
+        floors = errors.sort(1, descending=True).values[:, math.ceil(share * (shape[1] - 1))]
+        weights = _lovasz_cpu._rank_rows(errors, foreground.view(torch.uint8), foreground.sum(1), floors)
+        expected = expected * (errors >= floors[:, None])
+        torch.testing.assert_close(weights, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+
+    @pytest.mark.parametrize("share", [0.1, 1.0])
     @pytest.mark.parametrize("piece", [1 << 10, 1 << 17])
-    def test_candidates(self, kind, shape, dtype, piece, share, monkeypatch):
-        """They have the weights that they have among all, however the row is divided, and the others have 0."""
-        monkeypatch.setattr(_lovasz_cpu, "_PIECE", piece)
+    def test_candidates_of_a_long_row(self, kind, shape, dtype, piece, share, monkeypatch):
+        """So they have however the row is divided; the weights may overwrite the errors."""
+        monkeypatch.setattr(_lovasz_cpu, "_size_of_pieces", lambda errors: piece)
         for errors, foreground, expected in list(zip(*make_rows(kind, shape, dtype)))[:3]:
             floor = errors.sort(descending=True).values[math.ceil(share * (shape[1] - 1))]
-            out = errors.clone()  # which the weights may overwrite
-            loss = _lovasz_cpu._rank(out, foreground, True, foreground.sum(), floor, out, use)
+            out = errors.clone()
+            loss = _lovasz_cpu._rank_long_row(out, foreground, True, foreground.sum(), floor, out, use)
             torch.testing.assert_close(out, expected * (errors >= floor), rtol=4 * torch.finfo(dtype).eps, atol=0.0)
-            assert loss == (~foreground[errors >= floor]).sum()
+            assert loss == foreground[errors >= floor].sum()
 
 
-def use(errors, background, weights):
-    """Keep the weights, and count the background."""
+def use(errors, foreground, weights):
+    """Keep the weights, and count the foreground."""
     assert (errors[1:] <= errors[:-1]).all()
-    return weights, background.sum()
+    return weights, foreground.sum()
