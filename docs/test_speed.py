@@ -24,18 +24,23 @@ def test_claim_has_the_ends_and_the_middle(monkeypatch):
     def scene(ours, release):
         return {tables.OURS: [ours, ours], tables.RELEASE: [release, release], tables.BASELINE: [1.0, 1.0]}
 
+    def compiled(ours, release):
+        return {f"{name}, compiled": times for name, times in scene(ours, release).items()}
+
     grid = {"a": scene(2.0, 1.0), "b": scene(4.0, 12.0), "c": scene(3.0, 30.0)}
-    alone = {label: seconds for label, seconds in grid.items() if label != "a"}
-    machine = {"device": "X", "threads": 8}
-    monkeypatch.setattr(tables, "read", lambda _: {"grid": {"idle": grid, "one thread": alone}, "machine": machine})
+    busy = {label: scene(1.0, ratio) for label, ratio in zip("abc", (1.5, 4.0, 20.0))}
+    results = {"grid": {"idle": grid}, "machine": {"device": "X", "threads": 8}}
+    monkeypatch.setattr(tables, "read", lambda _: results)
     assert tables.claim("cuda") == (
-        "Over 3 shapes drawn at random, on an X, they are 0.5 to 10 times as fast as Kornia 0.9.0 (median 3.0), "
-        "for 2.0 to 4.0 times the time of cross-entropy (median 3.0)."
+        "Over 3 shapes drawn at random, on an X, they are 0.5 to 10 times as fast as Kornia 0.9.0 (median 3.0). "
+        "They take 2.0 to 4.0 times the time of cross-entropy (median 3.0)."
     )
+    results["grid"]["busy"] = busy
+    results["compiled"] = {"a": compiled(1.0, 2.0), "b": compiled(1.0, 6.0)}
     assert tables.claim("cpu") == (
         "Over 3 shapes drawn at random, with 8 threads, they are 0.5 to 10 times as fast as Kornia 0.9.0 (median 3.0), "
-        "for 2.0 to 4.0 times the time of cross-entropy (median 3.0). "
-        "With one thread they are 3.0 to 10 times as fast (median 6.5)."
+        "beside two busy processes 1.5 to 20 times (median 4.0), and compiled 2.0 to 6.0 times as fast as Kornia "
+        "compiled (median 4.0). They take 2.0 to 4.0 times the time of cross-entropy (median 3.0)."
     )
 
 
