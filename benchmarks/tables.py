@@ -79,6 +79,11 @@ def drawn_table(results: dict) -> str:
     return list_table(title, lines) + "\n" + "\n".join(notes) + "\n"
 
 
+def has_compiled_release(results: dict) -> bool:
+    """Whether the release was compiled too, as it is on the CPU."""
+    return any(f"{RELEASE}{COMPILED}" in seconds for seconds in results.get("compiled", {}).values())
+
+
 def circumstances(results: dict) -> list[list[str]]:
     """How many times as fast as the release, and as themselves on an idle machine, they are where people train."""
     grids = results["grid"]
@@ -91,6 +96,8 @@ def circumstances(results: dict) -> list[list[str]]:
         ]
         own = f"{digits(statistics.median(times))}, {digits(max(times))}"
         lines.append([names[name], *(digits(value) for value, _ in rows.values()), own])
+    if not has_compiled_release(results):
+        return lines
     rows = extremes(results["compiled"], f"{RELEASE}{COMPILED}", f"{OURS}{COMPILED}", max)
     own = [ratio(seconds, f"{OURS}{COMPILED}", OURS) for seconds in results["compiled"].values()]
     own = f"{digits(statistics.median(own))}, {digits(max(own))} (of eager)"
@@ -162,6 +169,7 @@ def claim(device: str) -> str:
     sentence += span(extremes(grids["idle"], RELEASE, OURS, max)).format(" as fast as Kornia 0.9.0")
     if "busy" in grids:
         sentence += ", beside two busy processes " + span(extremes(grids["busy"], RELEASE, OURS, max)).format("")
+    if has_compiled_release(results):
         rows = extremes(results["compiled"], f"{RELEASE}{COMPILED}", f"{OURS}{COMPILED}", max)
         sentence += ", and compiled " + span(rows).format(" as fast as Kornia compiled")
     cost = span(extremes(grids["idle"], OURS, BASELINE, min), ("best", "worst", "median"))
