@@ -24,7 +24,7 @@ processes.
 from __future__ import annotations
 
 from functools import reduce
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 import torch.distributed
@@ -77,15 +77,7 @@ def binned_weights(errors: Tensor, foreground: Tensor, options: Options) -> tupl
 
     width = max(1, _slab_size(errors) // rows) if is_eager(errors) else count
     parts = list(zip(errors.split(width, 1), foreground.split(width, 1)))
-    smallest, largest = _ranges(parts)
-    is_owner = None
-    if group is not None:
-        check_agreement(errors, options)
-        smallest, largest, is_owner = range_of_all(smallest, largest, group)
-    # Both ends are moved outwards, where the smallest itself must be above the first slot and rounding to float32 may
-    # have lowered the largest. There is one bin more, for rounding.
-    smallest, largest = smallest * (1 - 2.0**-20), (largest * (1 + 2.0**-20)).clamp(max=_MOST)
-    scale = (num_bins + 0.5) / (largest - smallest).clamp(min=_NARROWEST)
+    smallest, scale, is_owner = _range_of_bins(parts, options)
     # The slots of a row are those of its background, then those of its foreground.
     starts = torch.arange(0, rows * 2 * num_slots, 2 * num_slots, device=errors.device).unsqueeze(1)
 
@@ -105,6 +97,24 @@ def binned_weights(errors: Tensor, foreground: Tensor, options: Options) -> tupl
     alone = total == 0 if is_owner is None else (total == 0) & is_owner
     alone = alone.unsqueeze(1).to(errors.dtype)
     return torch.cat(weights, 1).scatter_add(1, errors.argmax(1, keepdim=True), alone), total
+
+
+def _range_of_bins(parts: Sequence[tuple[Tensor, Tensor]], options: Options) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """Where the bins of each row begin, how many there are in an error of 1, both ``(R, 1)``, and :func:`range_of_all`.
+
+    Args:
+        parts: of the rows, the errors ``(R, *)`` and where the foreground is.
+        options: how many bins, and over which processes.
+    """
+    smallest, largest = _ranges(parts)
+    is_owner = None
+    if options.process_group is not None:
+        check_agreement(parts[0][0], options)
+        smallest, largest, is_owner = range_of_all(smallest, largest, options.process_group)
+    # Both ends are moved outwards, where the smallest itself must be above the first slot and rounding to float32 may
+    # have lowered the largest. There is one bin more, for rounding.
+    smallest, largest = smallest * (1 - 2.0**-20), (largest * (1 + 2.0**-20)).clamp(max=_MOST)
+    return smallest, ((options.num_bins or 1) + 0.5) / (largest - smallest).clamp(min=_NARROWEST), is_owner
 
 
 def _add_counts(counts: Tensor, slots: Tensor, starts: Tensor) -> Tensor:

@@ -179,8 +179,7 @@ class _SoftmaxGroup:
         labels, valid = class_labels(self.target[piece], num_classes, self.ignore_index)
         logits, out = self.logits[piece[0], :, piece[1]], self.errors[piece[0], :, piece[1]]
         # Of a whole image, the errors are made in place.
-        in_place = {"out": out} if out.is_contiguous() else {}
-        errors = torch.softmax(logits.to(out.dtype), 0, **in_place)
+        errors = torch.softmax(logits.to(out.dtype), 0, out=out if out.is_contiguous() else None)
         found = labels
         if valid is not None:
             found = labels.masked_fill(~valid, num_classes)
@@ -190,7 +189,7 @@ class _SoftmaxGroup:
         # The error of the foreground is the sum of the other probabilities.
         others = errors.scatter_(0, index, 0.0).sum(0)
         errors.scatter_(0, index, others.unsqueeze(0))
-        if not in_place:
+        if errors is not out:
             out.copy_(errors)
         self.labels[piece] = found
         smallest = torch.full((num_classes + 1,), torch.inf, dtype=errors.dtype, device="cpu")
@@ -311,46 +310,11 @@ def _rank_long_row(
         out: takes what is kept, 0 where there is no candidate, ``(N,)``; may be the errors.
         use: makes of candidates what is kept.
     """
-    length = len(errors)
-    step = _size_of_pieces(length)
-    numbers = torch.int32 if length < 1 << 30 else torch.int64
-
-    def sort_run(start: int) -> tuple[Tensor, Tensor]:
-        """Candidates in descending order, and twice their place, plus 1 on the foreground."""
-        part = errors[start : start + step]
-        candidates = part >= floor
-        count = int(candidates.count_nonzero())
-        if count == 0:
-            out[start : start + step] = 0.0
-            return part[:0], labels[:0].to(numbers)
-        if count > len(part) // 2:  # finding them would take longer than sorting all
-            places = descending_order(part)[:count]
-        else:
-            places = candidates.nonzero().squeeze(1)
-            places = places.index_select(0, descending_order(part.index_select(0, places)))
-        values = part.index_select(0, places)
-        foreground = labels[start : start + step].index_select(0, places) == label
-        out[start : start + step] = 0.0
-        return values, places.add_(start).to(numbers).mul_(2).add_(foreground)
-
-    def rank_part(part: tuple[Any, ...]) -> Tensor:
-        """Merge the slices of the runs, given how many candidates and how much of the foreground come before."""
-        values, tagged, before, passed = torch.cat(part[0]), torch.cat(part[1]), part[2], part[3]
-        if len(values) == 0:
-            return values.sum()
-        order = descending_order(values)
-        values, tagged = values.index_select(0, order), tagged.index_select(0, order)
-        foreground = tagged & 1
-        background = 1 - foreground
-        union = background.cumsum(0, dtype=numbers).add_(size + before - passed)
-        position = torch.arange(len(values), dtype=numbers, device="cpu").add_(before)
-        kept, loss = use(values, foreground, jaccard_weights(background, position, union, errors.dtype))
-        out.index_copy_(0, (tagged >> 1).to(torch.int64), kept)
-        return loss
-
-    values, tagged = zip(*in_pieces(sort_run, range(0, length, step)))
+    step = _size_of_pieces(len(errors))
+    pieces = zip(range(0, len(errors), step), *(tensor.split(step) for tensor in (errors, labels, out)))
+    runs = in_pieces(lambda piece: _sorted_run(*piece, label, floor, len(errors)), pieces)
     spacing = max(1, step // 64)
-    samples = torch.cat([run[spacing - 1 :: spacing] for run in values]).sort(descending=True).values
+    samples = torch.cat([values[spacing - 1 :: spacing] for values, _ in runs]).sort(descending=True).values
     edges = samples[63::64].neg()
 
     def divide(run: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -358,8 +322,51 @@ def _rank_long_row(
         ends = torch.nn.functional.pad(torch.searchsorted(run[0].neg(), edges, right=True), (0, 1), value=len(run[0]))
         return ends, torch.nn.functional.pad((run[1] & 1).cumsum(0), (1, 0)).index_select(0, ends)
 
-    ends, passed = (torch.stack(each) for each in zip(*in_pieces(divide, zip(values, tagged))))
+    ends, passed = (torch.stack(each) for each in zip(*in_pieces(divide, runs)))
     lengths = ends.diff(dim=1, prepend=ends.new_zeros(len(ends), 1)).tolist()
-    values, tagged = (zip(*(run.split(part) for run, part in zip(runs, lengths))) for runs in (values, tagged))
-    before = (torch.nn.functional.pad(each.sum(0)[:-1], (1, 0)) for each in (ends, passed))
-    return torch.stack(in_pieces(rank_part, zip(values, tagged, *before))).sum(0, keepdim=True)
+    values, tagged = (zip(*(run.split(part) for run, part in zip(each, lengths))) for each in zip(*runs))
+    before, passed = (torch.nn.functional.pad(each.sum(0)[:-1], (1, 0)) for each in (ends, passed))
+    parts = zip(values, tagged, before, size + before - passed)
+    return torch.stack(in_pieces(lambda part: _merge(*part, out, use), parts)).sum(0, keepdim=True)
+
+
+def _sorted_run(
+    start: int, errors: Tensor, labels: Tensor, out: Tensor, label: int, floor: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Candidates of a run in descending order, and twice their place in the row, plus 1 on the foreground."""
+    candidates = errors >= floor
+    count = int(candidates.count_nonzero())
+    if count > len(errors) // 2:  # finding them would take longer than sorting all
+        places = descending_order(errors)[:count]
+    else:
+        places = candidates.nonzero().squeeze(1)
+        places = places.index_select(0, descending_order(errors.index_select(0, places)))
+    values, foreground = errors.index_select(0, places), labels.index_select(0, places) == label
+    out.zero_()  # not before, as it may be the errors
+    tagged = places.add_(start).to(torch.int32 if length < 1 << 30 else torch.int64)
+    return values, tagged.mul_(2).add_(foreground)
+
+
+def _merge(
+    values: tuple[Tensor, ...], tagged: tuple[Tensor, ...], position: Tensor, union: Tensor, out: Tensor, use: Use
+) -> Tensor:
+    """Have the weights of a part of a row used, and return its loss.
+
+    Args:
+        values: of each run, the candidates in the part.
+        tagged: their places and whether they are foreground, see :func:`_sorted_run`.
+        position: how many candidates come before the part.
+        union: the foreground size of the row, and the background before the part.
+        out: takes what is kept, ``(N,)``.
+        use: makes of candidates what is kept.
+    """
+    errors, tags = torch.cat(values), torch.cat(tagged)
+    order = descending_order(errors)
+    errors, tags = errors.index_select(0, order), tags.index_select(0, order)
+    foreground = tags & 1
+    background = 1 - foreground
+    unions = background.cumsum(0, dtype=tags.dtype).add_(union)
+    positions = torch.arange(len(errors), dtype=tags.dtype, device="cpu").add_(position)
+    kept, loss = use(errors, foreground, jaccard_weights(background, positions, unions, errors.dtype))
+    out.index_copy_(0, (tags >> 1).to(torch.int64), kept)
+    return loss

@@ -14,7 +14,7 @@ from ._lovasz_group import SumOfAll
 from ._lovasz_options import Options
 
 # With fewer logits, or many tiny images, ranking all of them takes fewer steps.
-_MIN_CPU, _MIN_IMAGE = 1 << 15, 1 << 13
+_MIN_CPU, _MIN_IMAGE = 1 << 16, 1 << 14
 
 
 def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:

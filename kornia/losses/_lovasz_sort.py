@@ -84,6 +84,8 @@ def descending_order(errors: Tensor, segments: Optional[Tensor] = None, count: i
         segments: the segment of each error, int64, of that shape or one that expands to it; None: there is one.
         count: how many segments there are.
     """
+    if errors.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
     # The bits of a number order it, once those of a negative number are inverted; inverting all makes it descend.
     bits = errors.view(torch.int32 if errors.dtype == torch.float32 else torch.int64)
     largest = torch.iinfo(bits.dtype).max
