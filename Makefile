@@ -7,13 +7,14 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where the composed package keeps the overlay's files.
 OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
 
-.PHONY: help demo evidence bench test lint types pytest fuzz coverage mutants doctest bench-smoke docs test-torch patch patch-test upstream-test clean
+.PHONY: help demo evidence bench test test-fast lint types pytest fuzz coverage mutants doctest bench-smoke docs test-torch patch patch-test upstream-test clean
 
 help:
 	@echo "make demo        train a segmentation network on real handwriting in two stages, and find the best threshold"
 	@echo "make evidence    compare losses seed by seed, hours; stop it and go on as you like; ARGS=--quick for two minutes"
 	@echo "make bench       time, memory and accuracy beside Kornia 0.9.0 and cross-entropy"
 	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
+	@echo "make test-fast   the tests of losses and metrics in float32, without the slow ones: a minute"
 	@echo "make fuzz        the laws of the losses on many more inputs, drawn anew"
 	@echo "make coverage    the tests of the losses and metrics, which must reach every line and branch"
 	@echo "make mutants     break the losses on purpose, place by place, and list what no test notices; takes hours"
@@ -45,8 +46,13 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/ty check --python $(VENV) $(OVERLAY)
 
+# One process for each core, each with one thread: threads of several processes would wait for each other.
 pytest: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests --dtype float32 \
+		-k "not Scale and not Group and not Process and not Compiled" -m "not jit and not grad"
 
 # Apart from `make test`, as it takes half as long again.
 coverage: $(VENV)/installed

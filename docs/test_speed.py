@@ -4,13 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import kernels  # noqa: E402 - found through the line above
-import tables  # noqa: E402 - as well
+import tables  # noqa: E402 - found through the line above
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/source/index.rst"])
@@ -50,24 +48,3 @@ def test_a_device_that_was_not_measured_has_no_tables(tmp_path, monkeypatch):
     tables.write_docs(tmp_path)
     assert (tmp_path / "speed_cuda.rst").read_text() == ""
     assert "Kornia 0.9.0" in (tmp_path / "speed_cpu.rst").read_text()
-
-
-def test_operations_and_bytes_are_counted():
-    """An operation with its inputs and outputs; neither views nor what only allocates."""
-    x = torch.zeros(10, 10, device="meta")
-    with kernels.Counter() as counter:
-        y = x.t()[:5] + 1
-        torch.empty(1000, device="meta")
-        y.detach().mul_(2)
-    assert (counter.operations, counter.bytes_moved) == (2, (50 + 50 + 50 + 50) * 4)
-
-
-@pytest.mark.parametrize("name", kernels.NAMES)
-@pytest.mark.parametrize("kind", ["hinge", "softmax"])
-def test_small_and_large_steps_are_alike(kind, name):
-    """Nothing but the bytes depends on the size, until rows are too many to be sorted at once."""
-    channels = 1 if kind == "hinge" else 7
-    small, large = (kernels.cost(kind, (2, channels, side, side), name) for side in (32, 128))
-    assert 0 < small.operations == large.operations
-    if name != tables.BINNED:  # whose counts have a size of their own
-        assert 15.5 < large.bytes_moved / small.bytes_moved < 16.5

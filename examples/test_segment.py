@@ -244,8 +244,8 @@ class TestInterruption:
 
         monkeypatch.setattr(segment.Stage, "step", stepping)
 
-    # In each stage, between validations and at one, and at the very end of the first and second stage.
-    @pytest.mark.parametrize("step", [1, 2, 4, 5, 7, 8])
+    # In the first stage between validations, and in the second at one.
+    @pytest.mark.parametrize("step", [1, 6])
     def test_goes_on_as_if_nothing_had_been(self, step, tmp_path, monkeypatch, capsys):
         options = ("--task", "binary", "--validate-every", 2)
         run(capsys, *options, "--out", tmp_path / "whole")

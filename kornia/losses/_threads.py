@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, Callable, Iterable
 
 import torch
@@ -41,14 +42,13 @@ def in_pieces(work: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
                 results[index] = work(piece)
 
     count, threads = len(todo), torch.get_num_threads()
-    started = []
-    if threads > 1:
-        try:
-            pool = _workers(threads)
-            started = [pool.submit(take_pieces) for _ in range(min(threads, count))]
-        except RuntimeError:  # no thread can be started, as when the interpreter shuts down
-            pass
-    try:
+    started: list[Future[None]] = []
+    try:  # also where a key interrupts the start
+        if threads > 1:
+            with suppress(RuntimeError):  # no thread can be started, as when the interpreter shuts down
+                pool = _workers(threads)
+                for _ in range(min(threads, count)):
+                    started.append(pool.submit(take_pieces))
         if not started:
             take_pieces()
         for each in started:

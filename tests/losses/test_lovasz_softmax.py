@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from lovasz import GRAD_ATOL, INF, RTOL, SOFTMAX, LovaszTester, make_inputs, oracle
+from lovasz import GRAD_ATOL, INF, NAN, RTOL, SOFTMAX, LovaszTester, make_inputs, oracle, with_forms
 
 from kornia.core.exceptions import BaseError, TypeCheckError
 from kornia.losses import LovaszSoftmaxLoss, lovasz_softmax_loss
@@ -157,6 +157,26 @@ class TestLovaszSoftmaxLoss(LovaszTester):
         integers = torch.tensor([1, 2, 3, 4], device=device)
         actual = lovasz_softmax_loss(pred, target, integers)
         self.assert_close(actual, lovasz_softmax_loss(pred, target, integers.half()), rtol=0.0, atol=0.0)
+
+    def test_feature_infinite_weight(self, device, dtype):
+        """Of a class that is averaged it makes the loss nan, as 0 * inf does, and of another one it does not matter."""
+        pred, target = make_inputs(SOFTMAX, device, dtype)
+        weight = torch.tensor([1.0, INF, 1.0, 1.0], device=device)
+        assert lovasz_softmax_loss(pred, target, weight).isnan()
+        actual = lovasz_softmax_loss(pred, target, weight, classes=[0, 2])
+        assert actual == lovasz_softmax_loss(pred, target, torch.ones_like(weight), classes=[0, 2])
+
+    @with_forms("derived", "usual")
+    @pytest.mark.parametrize("size", [(2, 90, 90), (2, 120, 120), (2, 400, 400)], ids=str)
+    def test_feature_nan_in_a_class_without_a_factor(self, size, device):
+        pred, target = make_inputs(SOFTMAX, device, torch.float32, size)
+        target[0] = 0
+        pred[0, 1, 2, 3] = NAN
+        weight = torch.tensor([0.0, 1.0, 1.0, 1.0], device=device)
+        for options in ({"weight": weight, "classes": "present"}, {"weight": weight, "classes": [0]}):
+            values = lovasz_softmax_loss(pred, target, reduction="none", **options)
+            assert values.isnan().tolist() == [True, False]
+            assert lovasz_softmax_loss(pred, target, per_image=False, **options).isnan()
 
     def test_feature_minus_infinite_logits(self, device, dtype):
         # a class masked out by -inf has probability 0
