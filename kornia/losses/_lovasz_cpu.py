@@ -17,14 +17,19 @@ from typing import Any, Callable, Iterable, Optional
 import torch
 from torch import Tensor
 
+from . import _lovasz_dense
 from ._labels import binary_labels, class_labels
 from ._lovasz import class_factors, jaccard_weights
 from ._lovasz_options import Options
-from ._lovasz_sort import descending_order, weights_of_rows, weights_of_segments
+from ._lovasz_sort import descending_order, order_of_rows, weights_of_rows, weights_of_segments
 from ._threads import in_pieces
 
 # A piece has at least so many errors: in smaller ones, threads would mostly wait for Python's lock.
 _PIECE = 1 << 18
+# With fewer errors times classes in a group, all are ranked: the fewer classes, the more of them occur.
+_FEW = 1 << 20
+# Smaller images of a batch-wide group are made one.
+_TINY = 1 << 14
 
 
 def _size_of_pieces(errors: int) -> int:
@@ -42,8 +47,12 @@ def losses_and_gradient(
     """What :func:`._lovasz_dense.losses_and_gradient` computes, exact."""
     gradient = torch.empty((len(target), pred[0].numel()), dtype=options.dtype_of(pred, weight), device="cpu")
     gradient = gradient.view(len(target), pred.shape[1], -1)
-    form = _single_class if options.classes is None else _softmax
-    if pred.numel() > 2 * _PIECE:
+    if options.classes is None:
+        form = _single_class
+    else:
+        group = gradient[0].numel() if options.per_image else gradient.numel()
+        form = _softmax_of_all if group * pred.shape[1] < _FEW else _softmax
+    if gradient.numel() > _PIECE:
         return form(pred, target, weight, gradient, options), gradient
     # Handing out several pieces would take longer than it spares.
     return in_pieces(lambda pred: form(pred, target, weight, gradient, options), [pred])[0], gradient
@@ -68,8 +77,7 @@ def _single_class(pred: Tensor, target: Tensor, _: Optional[Tensor], gradient: T
     use = partial(_hinge, divisor=options.divisor(len(logits)))
     is_long = logits.shape[1] > 2 * _PIECE
     rows = partial(_long_row_of_margins if is_long else _rows_of_margins, use=use, ignore_index=options.ignore_index)
-    # Rows are sorted together as long as that spares steps: the number of a row makes keys longer.
-    step = max(1, min(_PIECE // 8 // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
+    step = max(1, min(_PIECE // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
     pieces = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
     return torch.cat(_each(lambda piece: rows(*piece), pieces, step * logits.shape[1]))
 
@@ -139,6 +147,14 @@ def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: T
     """Losses of groups of logits ``(B, C, H, W)``; their gradient overwrites a tensor."""
     batch, divisor = len(target), options.divisor(len(target))
     logits, labels = pred.flatten(2).expand(batch, -1, -1), target.flatten(1)
+    if not options.per_image and batch > 1 and logits[0].numel() < _TINY:
+        # As one image, which divides into larger pieces.
+        merged = logits.transpose(0, 1).flatten(1)
+        parts = torch.empty_like(merged, dtype=gradient.dtype)
+        one = (merged.unsqueeze(-1).unsqueeze(0), labels.flatten().view(1, -1, 1), weight, parts.unsqueeze(0))
+        losses = _softmax(*one, options)
+        gradient.copy_(parts.unflatten(1, (batch, -1)).transpose(0, 1))
+        return losses
 
     def loss_of(tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         group = _SoftmaxGroup(*tensors, options.ignore_index)
@@ -154,6 +170,22 @@ def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: T
     step = 1 if options.per_image else batch
     groups = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
     return torch.stack(_each(loss_of, groups, gradient[:step].numel()))
+
+
+def _softmax_of_all(
+    pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: Tensor, options: Options
+) -> Tensor:
+    """The same from all errors, several small groups at a time, where choosing candidates would take longer."""
+    divisor, alone = options.divisor(len(target)), options._replace(reduction="sum")
+
+    def losses_of(tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        losses, parts = _lovasz_dense.losses_and_gradient(*tensors[:2], weight, alone)
+        torch.div(parts, divisor, out=tensors[2])
+        return losses.div_(divisor)
+
+    step = max(1, _PIECE // gradient[0].numel()) if options.per_image else len(target)
+    images = pred.expand(len(target), -1, -1, -1)
+    return torch.cat(in_pieces(losses_of, zip(*(tensor.split(step) for tensor in (images, target, gradient)))))
 
 
 class _SoftmaxGroup:
@@ -281,9 +313,7 @@ def _rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor
     count = int(lengths.sum())
     if count > errors.numel() // 2:
         # Gathering most of the errors would cost more than it spares.
-        rows = torch.arange(len(errors), device="cpu").unsqueeze(1)
-        order = descending_order(errors, rows, len(errors)).view(errors.shape).sub_(rows * errors.shape[1])
-        return weights_of_rows(errors, foreground, order).mul_(candidates.view(torch.uint8))
+        return weights_of_rows(errors, foreground, order_of_rows(errors)).mul_(candidates.view(torch.uint8))
     weights = torch.zeros_like(errors)
     if count > 0:
         places = candidates.flatten().nonzero().squeeze(1)

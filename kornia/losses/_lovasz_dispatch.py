@@ -13,8 +13,8 @@ from ._eager import is_batched, is_compiled, is_dual, is_eager
 from ._lovasz_group import SumOfAll
 from ._lovasz_options import Options
 
-# With fewer logits, or many tiny images, ranking all of them takes fewer steps.
-_MIN_CPU, _MIN_IMAGE = 1 << 16, 1 << 14
+# With fewer logits, handing them to another thread takes longer than it spares.
+_MIN_CPU = 1 << 16
 
 
 def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
@@ -40,8 +40,7 @@ def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
 def _compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
     """Reduced loss, and the gradient of the sum of the losses ``(B, C, N)``, in eager code."""
     is_exact_on_cpu = pred.device.type == "cpu" and options.num_bins is None
-    is_large = pred.numel() >= max(_MIN_CPU, _MIN_IMAGE * pred.shape[0])
-    form = _lovasz_cpu if is_exact_on_cpu and is_large else _lovasz_dense
+    form = _lovasz_cpu if is_exact_on_cpu and pred.numel() >= _MIN_CPU else _lovasz_dense
     losses, gradient = form.losses_and_gradient(pred.detach(), target, weight, options)
     return options.reduce(losses), gradient
 

@@ -27,8 +27,15 @@ def sorted_weights(errors: Tensor, foreground: Tensor) -> Tensor:
     if is_eager(errors) and errors.numel() > max(_SLAB, length):
         step = max(1, _SLAB // length)
         return torch.cat([sorted_weights(*part) for part in zip(errors.split(step), foreground.split(step))])
-    order = errors.argsort(dim=1, descending=True, stable=True)
-    return weights_of_rows(errors, foreground, order)
+    if is_eager(errors) and errors.device.type == "cpu" and errors.numel() > _MIN_DIGITS // 2:
+        return weights_of_rows(errors, foreground, order_of_rows(errors))
+    return weights_of_rows(errors, foreground, errors.argsort(dim=1, descending=True, stable=True))
+
+
+def order_of_rows(errors: Tensor) -> Tensor:
+    """Stable order of each row ``(R, N)`` on the CPU, from the largest error to the smallest."""
+    rows = torch.arange(len(errors), device="cpu").unsqueeze(1)
+    return descending_order(errors, rows, len(errors)).view(errors.shape).sub_(rows * errors.shape[1])
 
 
 def weights_of_rows(errors: Tensor, foreground: Tensor, order: Tensor) -> Tensor:

@@ -190,7 +190,8 @@ def force_form(monkeypatch, form: str, piece: int = 100) -> None:
     if form == "derived":
         monkeypatch.setattr("kornia.losses._lovasz_dispatch.is_eager", lambda tensor: False)
     monkeypatch.setattr("kornia.losses._lovasz_dispatch._MIN_CPU", 1 if form == "cpu" else 1 << 60)
-    monkeypatch.setattr("kornia.losses._lovasz_dispatch._MIN_IMAGE", 0)
+    monkeypatch.setattr("kornia.losses._lovasz_cpu._FEW", 0)
+    monkeypatch.setattr("kornia.losses._lovasz_cpu._TINY", 0)
     monkeypatch.setattr("kornia.losses._lovasz_cpu._PIECE", max(64, piece))
     monkeypatch.setattr("kornia.losses._lovasz_sort._SLAB", piece)
     monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: piece)

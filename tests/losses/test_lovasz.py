@@ -376,6 +376,8 @@ class TestLovaszValues(LovaszTester):
 
 # Across the sizes at which other steps are taken: another form, more pieces, threads, rows that are divided.
 SIZES = [(2, 100, 81), (1, 182, 181), (5, 64, 64), (3, 150, 190), (2, 362, 363), (1, 520, 510), (3, 400, 500)]
+# Many small images, in pieces of several, or made one
+SIZES += [(20, 100, 81), (90, 40, 40)]
 
 
 @both_losses
