@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tables import BASELINE, BINNED, GROUPED, OURS, RELEASE
 
-from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
+from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from fork.compose import fetch_release, load_release_module  # noqa: E402 - found through the line above
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+FUNCTIONS = {"hinge": lovasz_hinge_loss, "sigmoid": lovasz_sigmoid_loss, "softmax": lovasz_softmax_loss}
 
 
 def textbook_terms(errors: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
@@ -37,6 +38,11 @@ def textbook_terms(errors: torch.Tensor, foreground: torch.Tensor) -> torch.Tens
 def textbook_hinge(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     labels = target.flatten(1).to(pred.dtype)
     return textbook_terms((1 - pred.flatten(1) * (2 * labels - 1)).relu(), labels).mean()
+
+
+def textbook_sigmoid(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    labels = target.flatten(1).to(pred.dtype)
+    return textbook_terms((pred.flatten(1).sigmoid() - labels).abs(), labels).mean()
 
 
 def textbook_softmax(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -87,16 +93,17 @@ def group_of_one() -> dist.ProcessGroup:
 
 
 def implementations(kind: str) -> dict[str, Loss]:
-    """Implementations of one kind of loss, "softmax" or "hinge", under the names that the tables show."""
-    wheel = fetch_release(ROOT)
-    release = load_release_module(wheel, f"kornia.losses.lovasz_{kind}")
-    ours = lovasz_softmax_loss if kind == "softmax" else lovasz_hinge_loss
+    """Implementations of one kind of loss, "softmax", "hinge" or "sigmoid", under the names that the tables show."""
+    module = "lovasz_hinge" if kind == "hinge" else "lovasz_softmax"
+    release = getattr(load_release_module(fetch_release(ROOT), f"kornia.losses.{module}"), f"{module}_loss")
+    ours = FUNCTIONS[kind]
     return {
         OURS: ours,
         BINNED: functools.partial(ours, num_bins=1024),
         GROUPED: functools.partial(ours, num_bins=1024, per_image=False, process_group=group_of_one()),
         BASELINE: F.cross_entropy if kind == "softmax" else binary_cross_entropy,
-        RELEASE: getattr(release, f"lovasz_{kind}_loss"),
-        "textbook": textbook_softmax if kind == "softmax" else textbook_hinge,
-        **{name: losses[kind] for name, losses in peers().items()},
+        # It has no sigmoid loss: what comes closest is its softmax loss of two classes.
+        RELEASE: release if kind != "sigmoid" else lambda z, target: release(torch.cat([0 * z, z], 1), target),
+        "textbook": {"hinge": textbook_hinge, "sigmoid": textbook_sigmoid, "softmax": textbook_softmax}[kind],
+        **{name: losses[kind] for name, losses in peers().items() if kind in losses},
     }

@@ -16,7 +16,7 @@ CLASSES_PER_IMAGE = 6
 class Scene(NamedTuple):
     """What to time: logits of a shape and a stage of training, and the options of the loss."""
 
-    kind: str  # "softmax" or "hinge"
+    kind: str  # "softmax", "hinge" or "sigmoid"
     shape: tuple[int, int, int, int]
     stage: str  # see softmax_scene
     present: int = CLASSES_PER_IMAGE  # classes in an image
@@ -25,10 +25,10 @@ class Scene(NamedTuple):
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels."""
-        if self.kind == "hinge":
-            pred, target = hinge_scene(self.shape, self.stage)
-        else:
+        if self.kind == "softmax":
             pred, target = softmax_scene(self.shape, self.stage, self.present)
+        else:
+            pred, target = binary_scene(self.shape, self.stage)
         return (pred.contiguous(memory_format=torch.channels_last) if self.channels_last else pred), target
 
     def __str__(self) -> str:
@@ -43,6 +43,7 @@ class Scene(NamedTuple):
 SHAPES = {
     "softmax": [(2, 21, 512, 512), (1, 19, 512, 1024), (2, 150, 256, 256)],
     "hinge": [(4, 1, 512, 512), (1, 1, 2048, 2048)],
+    "sigmoid": [(4, 1, 512, 512)],
 }
 SMALL = [Scene("softmax", (2, 21, 32, 32), "early"), Scene("hinge", (2, 1, 32, 32), "early")]
 
@@ -55,7 +56,7 @@ def draw_scenes(seed: int, least: int = 1 << 16, most: int = 1 << 24) -> Iterato
         return round(math.exp(generator.uniform(math.log(low), math.log(high))))
 
     while True:
-        kind = generator.choice(["softmax", "softmax", "hinge"])
+        kind = generator.choice(["softmax", "softmax", "hinge", "sigmoid"])
         classes = log_uniform(2, 150) if kind == "softmax" else 1
         shape = (log_uniform(1, 32), classes, log_uniform(64, 2048), log_uniform(64, 2048))
         if not least <= math.prod(shape) <= most:
@@ -112,7 +113,7 @@ def softmax_scene(
     return logits, target
 
 
-def hinge_scene(shape: tuple[int, int, int, int], stage: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def binary_scene(shape: tuple[int, int, int, int], stage: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``(B, 1, H, W)`` and labels ``(B, H, W)`` with about a quarter foreground; stages as above."""
     generator = torch.Generator().manual_seed(seed)
     batch, _, height, width = shape

@@ -245,11 +245,13 @@ def test_file_without_the_licence_line(copy, pristine, tmp_path):
 
 @pytest.fixture
 def checkout(pristine, tmp_path):
-    """A checkout of Kornia with a page of its documentation, and the page."""
+    """A checkout of Kornia with two pages of its documentation, and the one on metrics."""
     checkout = shutil.copytree(pristine, tmp_path / "checkout")
     page = checkout / "docs" / "source" / "metrics.rst"
     page.parent.mkdir(parents=True)
     page.write_text(".. autofunction:: confusion_matrix\nlast\n")
+    losses = ".. autofunction:: lovasz_hinge_loss\n.. autoclass:: LovaszHingeLoss\n"
+    page.with_name("losses.rst").write_text(losses)
     return checkout, page
 
 
@@ -302,11 +304,12 @@ def test_changelog_names_every_new_option(loss):
     assert [option for option in after - before if f"`{option}`" not in text] == []
 
 
-def test_changelog_names_every_export():
-    (step,) = [step for step in STEPS if step.name == "iou-threshold"]
-    text = (ROOT / "fork" / "upstream" / "iou-threshold.added.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "count"), [("lovasz-hinge", 2), ("iou-threshold", 3)])
+def test_changelog_names_every_export(name, count):
+    (step,) = [step for step in STEPS if step.name == name]
+    text = (ROOT / "fork" / "upstream" / f"{name}.added.md").read_text(encoding="utf-8")
     exported = re.findall(r'"(\w+)",', "".join(line for edit in step.edits for line in edit["lines"]))
-    assert len(exported) == 3
+    assert len(exported) == count
     assert [name for name in exported if f"`{name}`" not in text] == []
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact losses on the CPU: only the pixels that can have a weight are ranked, by threads that work in pieces.
 
-A background error below every foreground error of its class has the weight 0, as no foreground is left to pass. So has,
-for the loss, a hinge error of 0. Of a class without foreground, the largest error alone counts. What remains are the
+A background error below every foreground error of its class has the weight 0, as no foreground is left to pass. A hinge
+error of 0 has no part in the loss. Of a class without foreground, the largest error alone counts. What remains are the
 *candidates*: those that reach the *floor* of their row, the pixels of one class in one group.
 
 A group is passed through three times: from logits to errors, by pieces of its pixels; from errors to weights, by rows;
@@ -74,58 +74,60 @@ def _single_class(pred: Tensor, target: Tensor, _: Optional[Tensor], gradient: T
     """Losses of groups of logits ``(B, 1, H, W)``; their gradient overwrites a tensor."""
     shape = (len(target) if options.per_image else 1, -1)
     logits, labels, gradient = (tensor.reshape(shape) for tensor in (pred, target, gradient))
-    use = partial(_hinge, divisor=options.divisor(len(logits)))
+    use = partial(_hinge if options.loss == "hinge" else _sigmoid, divisor=options.divisor(len(logits)))
     is_long = logits.shape[1] > 2 * _PIECE
-    rows = partial(_long_row_of_margins if is_long else _rows_of_margins, use=use, ignore_index=options.ignore_index)
+    rows = partial(_long_row_of_margins if is_long else _rows_of_margins, use=use, options=options)
     step = max(1, min(_PIECE // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
     pieces = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
     return torch.cat(_each(lambda piece: rows(*piece), pieces, step * logits.shape[1]))
 
 
-def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]) -> Tensor:
+def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, options: Options) -> Tensor:
     """Losses of rows of pixels ``(R, N)``, one for each group; their gradient overwrites a tensor."""
     margins = torch.empty_like(gradient)
-    foreground, sizes, largest = _measure_margins(logits, labels, margins, ignore_index)
-    weights = _rank_rows(margins, foreground, sizes, _floors(sizes, largest))
+    foreground, sizes, smallest, largest = _measure_margins(logits, labels, margins, options)
+    weights = _rank_rows(margins, foreground, sizes, _floors(sizes, smallest, largest, options))
     values, losses = use(margins, foreground, weights)
     gradient.copy_(values)
     return losses.masked_fill_(largest.isnan(), float("nan"))
 
 
-def _long_row_of_margins(
-    logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, ignore_index: Optional[int]
-) -> Tensor:
+def _long_row_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, options: Options) -> Tensor:
     """The same for one row ``(1, N)``, in pieces."""
     # Where the gradient will be, the margins are kept before.
     step = _size_of_pieces(logits.shape[1])
     pieces = zip(*(tensor.split(step, 1) for tensor in (logits, labels, gradient)))
-    measured = in_pieces(lambda piece: _measure_margins(*piece, ignore_index)[1:], pieces)
-    sizes, largest = (torch.cat(each) for each in zip(*measured))
-    size, largest = sizes.sum(0, keepdim=True), largest.amax(0, keepdim=True)
-    losses = _rank_long_row(gradient[0], labels[0], 1, size, _floors(size, largest), gradient[0], use)
+    measured = in_pieces(lambda piece: _measure_margins(*piece, options)[1:], pieces)
+    sizes, smallest, largest = (torch.cat(each) for each in zip(*measured))
+    size, smallest, largest = sizes.sum(0, keepdim=True), smallest.amin(0, keepdim=True), largest.amax(0, keepdim=True)
+    floor = _floors(size, smallest, largest, options)
+    losses = _rank_long_row(gradient[0], labels[0], 1, size, floor, gradient[0], use)
     return losses.masked_fill_(largest.isnan(), float("nan"))
 
 
 def _measure_margins(
-    logits: Tensor, labels: Tensor, margins: Tensor, ignore_index: Optional[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, labels: Tensor, margins: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Overwrite ``margins``, which ascend with the errors, of pixels ``(R, N)``.
 
     Returns:
-        the foreground, bytes ``(R, N)``; and of each row the size of the foreground and the largest margin.
+        the foreground, bytes ``(R, N)``; and of each row the size of the foreground, its smallest margin (for the hinge
+        loss, that of an error above 0), and the largest margin of all.
     """
-    foreground, valid = binary_labels(labels, ignore_index)
-    foreground = foreground.view(torch.uint8)  # which PyTorch turns into numbers several times as fast as bools
-    torch.mul(margins.copy_(foreground).mul_(-2.0).add_(1.0), logits, out=margins)
+    foreground, valid = binary_labels(labels, options.ignore_index)
+    is_hinge, foreground = options.loss == "hinge", foreground.view(torch.uint8)  # a number several times as fast
+    torch.mul(_signs(foreground, margins), logits, out=margins)
+    least = torch.nextafter(margins.new_tensor(-1.0), margins.new_tensor(0.0)).expand(len(margins))
+    smallest = least if is_hinge else margins.masked_fill(foreground == 0, float("inf")).amin(1)
     if valid is not None:
         margins.masked_fill_(~valid, float("-inf"))
-    return foreground, foreground.sum(1, dtype=torch.int32).to(torch.int64), margins.amax(1)
+    return foreground, foreground.sum(1, dtype=torch.int32).to(torch.int64), smallest, margins.amax(1)
 
 
-def _floors(sizes: Tensor, largest: Tensor) -> Tensor:
-    """The smallest margin of a candidate: of a hinge error above 0, and without foreground that of the largest."""
-    above = torch.nextafter(largest.new_tensor(-1.0), largest.new_tensor(0.0))
-    return largest.where(sizes == 0, above).maximum(above)
+def _floors(sizes: Tensor, smallest: Tensor, largest: Tensor, options: Options) -> Tensor:
+    """The smallest margin of a candidate: without foreground, only the largest margin is one."""
+    floors = largest.where(sizes == 0, smallest)
+    return floors.maximum(smallest) if options.loss == "hinge" else floors
 
 
 def _hinge(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,21 @@ def _hinge(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -
     losses = errors.mul(weights).sum(-1)
     if losses.isnan().any():  # the product of no weight and an infinite error
         losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
-    return errors.copy_(foreground).mul_(-2.0).add_(1.0).mul_(weights), losses
+    return _signs(foreground, errors).mul_(weights), losses
+
+
+def _sigmoid(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Gradient of the sigmoid loss, and the loss of each row."""
+    errors = margins.sigmoid()
+    parts = weights.div_(divisor).mul_(errors)
+    losses = parts.sum(-1)
+    parts.addcmul_(parts, errors, value=-1)  # the slope of an error e is e * (1 - e)
+    return _signs(foreground, errors).mul_(parts), losses
+
+
+def _signs(foreground: Tensor, out: Tensor) -> Tensor:
+    """Overwrite a tensor by -1 on the foreground and 1 elsewhere."""
+    return out.copy_(foreground).mul_(-2.0).add_(1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

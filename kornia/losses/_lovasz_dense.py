@@ -41,7 +41,7 @@ def losses_and_gradient(
 
 
 def _single_class(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Lovász hinge loss (Yu and Blaschko 2015; Berman et al. 2018, section 2.2): the part of each image.
+    """Lovász hinge (Yu and Blaschko 2015; Berman et al. 2018, section 2.2) or sigmoid loss: the part of each image.
 
     Args:
         logits: float32 or float64 ``(B, 1, N)``.
@@ -50,16 +50,18 @@ def _single_class(logits: Tensor, labels: Tensor, options: Options) -> tuple[Ten
     """
     foreground, valid = binary_labels(labels, options.ignore_index)
     signs = torch.where(foreground, -1.0, 1.0).to(logits.dtype)
-    # The error is 1 + margin. Ranking the margins spares it the rounding of the sum.
+    # Errors ascend with the margins. Ranking the margins spares the order the rounding of the errors.
     margins = signs * logits
     if valid is not None:
         margins = margins.masked_fill(~valid, float("-inf"))
-    errors = (1.0 + margins).relu()
+    errors = (1.0 + margins).relu() if options.loss == "hinge" else margins.sigmoid()
     ranked = errors if options.num_bins is not None else margins
     weights = _rank(ranked.detach(), foreground, options)[0].div_(options.divisor(logits.shape[0]))
     # The product of no weight and an infinite error would be nan. An error that is nan must stay.
     counted = errors.masked_fill((weights == 0) & errors.isinf(), 0.0)
-    return (counted * weights).sum((1, 2)), torch.where(errors.detach() <= 0, 0.0, signs * weights)
+    gradient, fixed = signs * weights, errors.detach()
+    gradient = gradient.masked_fill(fixed <= 0, 0.0) if options.loss == "hinge" else gradient * fixed * (1.0 - fixed)
+    return (counted * weights).sum((1, 2)), gradient
 
 
 def _softmax(logits: Tensor, labels: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:

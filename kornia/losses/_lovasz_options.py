@@ -33,7 +33,7 @@ def as_integer(value: Any) -> Optional[int]:
 class Options(NamedTuple):
     """What is asked of a loss."""
 
-    loss: str  # "hinge" or "softmax"
+    loss: str  # "hinge", "sigmoid" or "softmax"
     ignore_index: Optional[int] = -100
     per_image: bool = True
     reduction: str = "mean"

@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss, lovasz_hinge_loss, lovasz_softmax_loss
+from kornia.losses import (
+    LovaszHingeLoss,
+    LovaszSigmoidLoss,
+    LovaszSoftmaxLoss,
+    lovasz_hinge_loss,
+    lovasz_sigmoid_loss,
+    lovasz_softmax_loss,
+)
 
 from testing.base import BaseTester
 
@@ -44,18 +51,22 @@ class Loss:
         return 0.0 if self is HINGE else GRAD_ATOL[dtype]
 
 
-HINGE = Loss("hinge", lovasz_hinge_loss, LovaszHingeLoss, 1, "0 for the background and 1 for the foreground")
+ZERO_OR_ONE = "0 for the background and 1 for the foreground"
+HINGE = Loss("hinge", lovasz_hinge_loss, LovaszHingeLoss, 1, ZERO_OR_ONE)
+SIGMOID = Loss("sigmoid", lovasz_sigmoid_loss, LovaszSigmoidLoss, 1, ZERO_OR_ONE)
 SOFTMAX = Loss("softmax", lovasz_softmax_loss, LovaszSoftmaxLoss, 4, "Class values must be")
-both_losses = pytest.mark.parametrize("loss", [HINGE, SOFTMAX], ids=str)
+each_loss = pytest.mark.parametrize("loss", [HINGE, SIGMOID, SOFTMAX], ids=str)
 
+_OF_ONE_CLASS = [
+    {},
+    {"per_image": False},
+    {"reduction": "none"},
+    {"ignore_index": 255, "reduction": "sum"},
+    {"ignore_index": None},
+]
 OPTIONS = {
-    HINGE: [
-        {},
-        {"per_image": False},
-        {"reduction": "none"},
-        {"ignore_index": 255, "reduction": "sum"},
-        {"ignore_index": None},
-    ],
+    HINGE: _OF_ONE_CLASS,
+    SIGMOID: _OF_ONE_CLASS,
     SOFTMAX: [
         {},
         {"classes": "present", "per_image": False},
@@ -64,14 +75,14 @@ OPTIONS = {
         {"ignore_index": None, "weight": torch.tensor([0.5, 2.0, 0.0, 3.0])},
     ],
 }
-both_losses_with_options = pytest.mark.parametrize(
+each_loss_with_options = pytest.mark.parametrize(
     ("loss", "options"),
     [pytest.param(loss, options, id=f"{loss}-{i}") for loss in OPTIONS for i, options in enumerate(OPTIONS[loss])],
 )
 
 
 def make_inputs(loss, device, dtype, shape=(3, 5, 6), *, labels=None, ignored=None, scale=None, seed=0):
-    """Logits and labels. Of few pixels, the logits are exact in every dtype, and no two hinge errors are equal.
+    """Logits and labels. Of few pixels, the logits are exact in every dtype, and no two errors of one class are equal.
 
     Args:
         loss: which one.
@@ -87,8 +98,9 @@ def make_inputs(loss, device, dtype, shape=(3, 5, 6), *, labels=None, ignored=No
     batch, height, width = shape
     count = batch * height * width
     target = torch.randint(0, labels or max(2, loss.channels - 1), shape, generator=generator)
-    if loss is HINGE and count <= 128 and scale is None:
-        pred = (4 * torch.randperm(count, generator=generator) - 2 * count + 1).double() / 16
+    if loss.channels == 1 and count <= 128 and scale is None:
+        pred = (4 * torch.randperm(count, generator=generator) - 2 * count + 1).double()
+        pred /= 16 if loss is HINGE else 64
     else:
         pred = torch.randn(count * loss.channels, generator=generator, dtype=torch.float64) * (scale or 2)
         if count <= 128:
@@ -101,7 +113,7 @@ def make_inputs(loss, device, dtype, shape=(3, 5, 6), *, labels=None, ignored=No
 
 def right_logits(loss, target, margin=1.0):
     """Logits that have each label right by a margin, float64."""
-    if loss is HINGE:
+    if loss.channels == 1:
         return margin * (2.0 * target.unsqueeze(1).double() - 1.0)
     return margin * torch.nn.functional.one_hot(target, loss.channels).movedim(-1, 1).double()
 
@@ -150,8 +162,9 @@ def oracle(
 def _oracle_of_group(loss, logits, labels, weight, classes):
     if len(labels) == 0:
         return logits.sum()
-    if loss is HINGE:
-        return extension((1 - logits[0] * (2 * labels - 1)).relu(), labels == 1)
+    if loss.channels == 1:
+        margins = -logits[0] * (2 * labels - 1)
+        return extension((1 + margins).relu() if loss is HINGE else margins.sigmoid(), labels == 1)
     probabilities, terms = logits.softmax(0), {}
     for c in range(len(logits)):
         others = torch.cat([probabilities[:c], probabilities[c + 1 :]]).sum(0)

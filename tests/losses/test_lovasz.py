@@ -19,10 +19,11 @@ from lovasz import (
     INF,
     NAN,
     RTOL,
+    SIGMOID,
     SOFTMAX,
     LovaszTester,
-    both_losses,
-    both_losses_with_options,
+    each_loss,
+    each_loss_with_options,
     force_form,
     make_inputs,
     oracle,
@@ -39,7 +40,7 @@ def ignored_label(options):
     return options.get("ignore_index", -100)
 
 
-@both_losses
+@each_loss
 class TestLovaszChecks(LovaszTester):
     @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 5), (4, 2, 1), (0, 3, 2), (2, 0, 3)])
     @pytest.mark.parametrize("per_image", [True, False])
@@ -195,7 +196,7 @@ class TestLovaszChecks(LovaszTester):
         assert torch.equal(loss.module(ignore_index=255)(pred, target), loss(pred, target, ignore_index=255))
 
 
-@both_losses
+@each_loss
 class TestLovaszValues(LovaszTester):
     @pytest.mark.parametrize("labels", [1, 2, 4])
     @pytest.mark.parametrize("seed", range(3))
@@ -214,14 +215,14 @@ class TestLovaszValues(LovaszTester):
             self.assert_close(grad.double(), expected_grad, rtol=4 * RTOL[dtype], atol=loss.grad_atol(dtype))
 
     def test_feature_vertices(self, loss, device, dtype):
-        # predictions that are certain: errors of 0 and 2 for the hinge loss, 0 and 1 for the softmax loss
+        # predictions that are certain: errors of 0 and 2 for the hinge loss, 0 and 1 for the others
         _, target = make_inputs(loss, device, dtype, (2, 6, 6))
         _, predicted = make_inputs(loss, device, dtype, (2, 6, 6), labels=max(2, loss.channels), seed=1)
         pred = right_logits(loss, predicted, 1.0 if loss is HINGE else 200.0).to(dtype)
         expected = []
         for p, t in zip(predicted, target):
             terms = []
-            for c in [1] if loss is HINGE else range(4):
+            for c in [1] if loss.channels == 1 else range(4):
                 union = ((p == c) | (t == c)).sum().item()
                 terms.append(1 - ((p == c) & (t == c)).sum().item() / union if union else 0.0)
             expected.append(sum(terms) / len(terms) * (2 if loss is HINGE else 1))
@@ -345,6 +346,10 @@ class TestLovaszValues(LovaszTester):
         if loss is HINGE:
             self.assert_close(value.item(), 2.0, rtol=RTOL[half], atol=0.0)
             self.assert_close(grad.double().sum().item(), -1.0, rtol=0.05, atol=0.0)
+        elif loss is SIGMOID:
+            error = 1 / (1 + math.exp(-1))
+            self.assert_close(value.item(), error, rtol=RTOL[half], atol=0.0)
+            self.assert_close(grad.double().sum().item(), -error * (1 - error), rtol=0.05, atol=0.0)
         else:
             self.assert_close(value.item(), (2 * 0.75 + 2 * 0.25) / 4, rtol=RTOL[half], atol=0.0)
 
@@ -380,7 +385,7 @@ SIZES = [(2, 100, 81), (1, 182, 181), (5, 64, 64), (3, 150, 190), (2, 362, 363),
 SIZES += [(20, 100, 81), (90, 40, 40)]
 
 
-@both_losses
+@each_loss
 @with_forms("usual")
 class TestLovaszSizes(LovaszTester):
     @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -410,11 +415,11 @@ class TestLovaszSizes(LovaszTester):
         pred, target = make_inputs(loss, device, torch.float32, size)
         pred[0, 0, 3, 5] = torch.copysign(torch.tensor(NAN), torch.tensor(sign))
         wrong = INF if loss is HINGE else 50.0
-        pred[-1, 0, 7, 7:9], target[-1, 7, 7:9] = wrong, 0 if loss is HINGE else 1
+        pred[-1, 0, 7, 7:9], target[-1, 7, 7:9] = wrong, 0 if loss.channels == 1 else 1
         if len(pred) > 1:  # an infinite error beside it
             alone = loss(pred[1:], target[1:], reduction="none")
             assert not alone.isnan().any()
-            assert loss is SOFTMAX or alone[-1] == INF
+            assert loss is not HINGE or alone[-1] == INF
         for label in range(2):
             target[0, 3, 5] = label
             values = loss(pred, target, reduction="none")
@@ -424,7 +429,7 @@ class TestLovaszSizes(LovaszTester):
             assert loss(pred, target, per_image=False).isnan()
 
 
-@both_losses
+@each_loss
 class TestLovaszGradients(LovaszTester):
     def test_feature_batched_gradients(self, loss, device):
         # torch.func.vmap over torch.autograd.grad, as its documentation has it
@@ -555,7 +560,7 @@ class TestLovaszGradients(LovaszTester):
         self.assert_close(actual, expected, rtol=1e-6, atol=0.0)
 
 
-@both_losses
+@each_loss
 class TestLovaszScale(LovaszTester):
     @with_forms("usual")
     def test_more_pixels_than_float32_can_count(self, loss, device):
@@ -563,16 +568,14 @@ class TestLovaszScale(LovaszTester):
         count = 2**24 + 1
         target = torch.zeros(1, 2, count, dtype=torch.uint8, device=device)
         target[:, 1] = 1
-        if loss is HINGE:  # errors 2 and 1
-            pred = torch.stack([torch.ones(count), torch.zeros(count)]).view(1, 1, 2, count).to(device)
-            options, expected = {}, 2 * 0.5 + 1 * 0.5
-        else:  # errors of class 1: 3/4 and 1/2
-            pred = torch.zeros(1, 2, 2, count, device=device)
-            pred[0, 1, 0] = math.log(3)
-            options, expected = {"classes": [1]}, 0.75 * 0.5 + 0.5 * 0.5
+        pred = torch.zeros(1, min(2, loss.channels), 2, count, device=device)
+        pred[0, -1, 0] = 1.0 if loss is HINGE else math.log(3)
+        options = {"classes": [1]} if loss is SOFTMAX else {}
+        # errors 2 and 1, and of a probability 3/4 and 1/2
+        expected = 2 * 0.5 + 1 * 0.5 if loss is HINGE else 0.75 * 0.5 + 0.5 * 0.5
         value, grad = value_and_grad(loss, pred, target, **options)
         self.assert_close(value.item(), expected, rtol=1e-6, atol=0.0)
-        # d error / d logit: 1 for the hinge loss, p (1 - p) for the other
+        # d error / d logit: 1 for the hinge loss, p (1 - p) for the others
         slopes = (1.0, 1.0) if loss is HINGE else (3 / 16, 1 / 4)
         background, foreground = grad[0, -1].double()
         # The m-th of the background has the weight G / ((G + m - 1) (G + m)), one of the foreground 1 / (G + N).
@@ -606,7 +609,7 @@ class TestLovaszScale(LovaszTester):
         self.assert_close(actual, expected, rtol=RTOL[torch.float32], atol=1e-8)
 
 
-@both_losses_with_options
+@each_loss_with_options
 class TestLovaszTransforms(LovaszTester):
     def make(self, loss, options, device, shape=(2, 3, 4), seed=0, dtype=torch.float64):
         ignored = options.get("ignore_index", -100)
@@ -676,7 +679,7 @@ class TestLovaszTransforms(LovaszTester):
                 assert (actual_grad - grad).norm() < 1e-4 * grad.norm()  # a pixel can be at the edge of a bin
 
 
-@both_losses_with_options
+@each_loss_with_options
 @with_forms("usual")
 class TestLovaszCuda(LovaszTester):
     @pytest.mark.parametrize("num_bins", [None, 64])
@@ -696,7 +699,7 @@ class TestLovaszCuda(LovaszTester):
         assert pred.grad.shape == pred.shape
 
 
-@both_losses
+@each_loss
 @with_forms("dense")
 @pytest.mark.jit
 class TestLovaszCompiled(LovaszTester):

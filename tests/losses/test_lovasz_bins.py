@@ -10,9 +10,10 @@ from lovasz import (
     HINGE,
     INF,
     RTOL,
+    SIGMOID,
     SOFTMAX,
     LovaszTester,
-    both_losses,
+    each_loss,
     force_form,
     jaccard_loss,
     value_and_grad,
@@ -29,7 +30,7 @@ def make_inputs(loss, device, dtype, shape=(2, 16, 24), scale=1.0, seed=0):
 
 
 def largest_error(loss, pred, target):
-    if loss is SOFTMAX:
+    if loss is not HINGE:
         return 1.0
     return float((1 - pred[:, 0].double() * (2 * target - 1)).max().clamp(min=0))
 
@@ -87,7 +88,7 @@ class TestSlots(LovaszTester):
         assert ((nan >= 0) & (nan <= last)).all()
 
 
-@both_losses
+@each_loss
 @with_forms("derived", "dense")
 class TestLovaszBins(LovaszTester):
     @pytest.mark.parametrize("num_bins", [1, 2, 5, 64, 1024])
@@ -127,13 +128,11 @@ class TestLovaszBins(LovaszTester):
 
     def test_feature_bound_where_errors_nearly_tie(self, loss, device):
         # float64 errors of foreground and background closer than float32 numbers are, and one far above
-        if loss is HINGE:
-            pred = torch.tensor([-0.3, 0.3, -20.0], device=device, dtype=torch.float64).view(1, 1, 1, 3)
-            target, options = torch.tensor([[[1, 0, 1]]], device=device), {}
-        else:
-            wrong = torch.tensor([0.3, -0.3 + 1e-13, 9.0], device=device, dtype=torch.float64)
-            pred = torch.stack([wrong, torch.zeros_like(wrong)]).view(1, 2, 1, 3)
-            target, options = torch.tensor([[[1, 0, 1]]], device=device), {"classes": [1]}
+        wrong = [0.3, -0.3, 20.0] if loss is HINGE else [0.3, -0.3 + 1e-13, 9.0]
+        pred = -torch.tensor(wrong, device=device, dtype=torch.float64).view(1, 1, 1, 3)
+        target, options = torch.tensor([[[1, 0, 1]]], device=device), {}
+        if loss is SOFTMAX:
+            pred, options = torch.cat([-pred, torch.zeros_like(pred)], 1), {"classes": [1]}
         exact = loss(pred, target, **options)
         for num_bins in (64, 1024, 1 << 16):
             value = loss(pred, target, num_bins=num_bins, **options)
@@ -156,7 +155,8 @@ class TestLovaszBins(LovaszTester):
             exact, expected = value_and_grad(loss, pred * scale, target)
             value, grad = value_and_grad(loss, pred * scale, target, num_bins=1024)
             self.assert_close(value, exact, rtol=1e-3, atol=0.0)
-            assert (grad - expected).norm() < 2e-2 * expected.norm()
+            # of one class, many bounded errors are close to 1, where bins are not narrower than elsewhere
+            assert (grad - expected).norm() < (0.2 if loss is SIGMOID else 2e-2) * expected.norm()
 
     @pytest.mark.parametrize("scale", [0.05, 1.0])
     @pytest.mark.parametrize("outlier", [30.0, 1e3, 1e6])
@@ -174,8 +174,8 @@ class TestLovaszBins(LovaszTester):
     def test_feature_accuracy_of_a_small_loss(self, loss, certainty, device):
         # of softmax errors, most are far narrower than a bin of equal width here
         pred, target = make_inputs(loss, device, torch.float32, (1, 128, 128))
-        if loss is HINGE:
-            pred += certainty / 4 * (2.0 * target.unsqueeze(1) - 1)
+        if loss.channels == 1:
+            pred += certainty / (4 if loss is HINGE else 1) * (2.0 * target.unsqueeze(1) - 1)
         else:
             pred.scatter_add_(1, target.unsqueeze(1), torch.full_like(pred, certainty))
         pred[..., :2, 0] *= -1  # two pixels are wrong, with the same certainty
@@ -190,8 +190,8 @@ class TestLovaszBins(LovaszTester):
         target = torch.zeros(1, 8, 9, dtype=torch.long, device=device)
         target[:, :3] = 1
         wrong = (torch.rand(1, 1, 8, 9, generator=generator) + 1).to(device, dtype)
-        pred = -wrong if loss is HINGE else torch.cat([wrong, torch.zeros_like(wrong)], 1)
-        options = {} if loss is HINGE else {"classes": [1]}
+        pred = -wrong if loss is not SOFTMAX else torch.cat([wrong, torch.zeros_like(wrong)], 1)
+        options = {} if loss is not SOFTMAX else {"classes": [1]}
         exact, expected = value_and_grad(loss, pred, target, **options)
         for num_bins in (1, 1024):
             value, grad = value_and_grad(loss, pred, target, num_bins=num_bins, **options)
@@ -201,7 +201,7 @@ class TestLovaszBins(LovaszTester):
     def test_feature_absent_class_is_exact(self, loss, device, dtype):
         pred, target = make_inputs(loss, device, dtype)
         target.zero_()
-        options = {} if loss is HINGE else {"classes": [1, 3]}
+        options = {} if loss is not SOFTMAX else {"classes": [1, 3]}
         for per_image in (True, False):
             exact, expected = value_and_grad(loss, pred, target, per_image=per_image, **options)
             value, grad = value_and_grad(loss, pred, target, per_image=per_image, num_bins=1, **options)
@@ -217,7 +217,7 @@ class TestLovaszBins(LovaszTester):
         )
 
 
-@both_losses
+@each_loss
 @with_forms("dense")
 class TestLovaszBinsForms(LovaszTester):
     @pytest.mark.parametrize("per_image", [True, False])

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kornia.losses import _lovasz_bins, lovasz_hinge_loss, lovasz_softmax_loss
+from kornia.losses import _lovasz_bins, lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 
 from testing.base import BaseTester
 
@@ -25,7 +25,7 @@ NUM_BINS = 32
 SIZES = {"alike": (2, 2, 2), "different": (1, 3, 2), "empty": (3, 0, 1)}
 CASES = [
     (loss, sizes, labels)
-    for loss in ("hinge", "softmax")
+    for loss in ("hinge", "sigmoid", "softmax")
     for sizes in SIZES
     for labels in ("plain", "ignored", "apart", "absent")
 ]
@@ -40,7 +40,7 @@ def make_case(case, ranks):
     for rank in range(ranks):
         shape = (SIZES[sizes][rank], HEIGHT, WIDTH)
         features = torch.randn(shape[0], CHANNELS, HEIGHT, WIDTH, generator=generator).double()
-        target = torch.randint(0, 2 if loss == "hinge" else 4, shape, generator=generator)
+        target = torch.randint(0, 4 if loss == "softmax" else 2, shape, generator=generator)
         if labels == "ignored" and rank == 0:
             target.fill_(-100)  # one process has no valid pixel
         elif labels == "apart":
@@ -53,14 +53,13 @@ def make_case(case, ranks):
 
 def make_model(case):
     torch.manual_seed(7)
-    return torch.nn.Conv2d(CHANNELS, 1 if case[0] == "hinge" else 5, 3, padding=1).double()
+    return torch.nn.Conv2d(CHANNELS, 5 if case[0] == "softmax" else 1, 3, padding=1).double()
 
 
 def make_loss(case, group):
-    if case[0] == "hinge":
-        return lambda *pair: lovasz_hinge_loss(*pair, per_image=False, num_bins=NUM_BINS, process_group=group)
-    options = SOFTMAX_OPTIONS[case[2]]
-    return lambda *pair: lovasz_softmax_loss(*pair, per_image=False, num_bins=NUM_BINS, process_group=group, **options)
+    loss = {"hinge": lovasz_hinge_loss, "sigmoid": lovasz_sigmoid_loss, "softmax": lovasz_softmax_loss}[case[0]]
+    options = SOFTMAX_OPTIONS[case[2]] if case[0] == "softmax" else {}
+    return lambda *pair: loss(*pair, per_image=False, num_bins=NUM_BINS, process_group=group, **options)
 
 
 def join_group(rank, ranks, folder, seconds=60):
