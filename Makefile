@@ -7,10 +7,11 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where the composed package keeps the overlay's files.
 OVERLAY = $(patsubst %,build/fork/%,$(shell git ls-files 'kornia/*.py' 2>/dev/null || find kornia -name '*.py'))
 
-.PHONY: help demo evidence bench test test-fast lint types pytest fuzz coverage mutants doctest bench-smoke docs test-torch patch patch-test upstream-test clean
+.PHONY: help demo two-stages evidence bench test test-fast lint types pytest fuzz coverage mutants doctest bench-smoke docs test-torch patch patch-test upstream-test clean
 
 help:
-	@echo "make demo        train a segmentation network on real handwriting in two stages, and find the best threshold"
+	@echo "make demo        find lakes in photographs of the Earth, with cross-entropy alone and with Lovász beside it"
+	@echo "make two-stages  cross-entropy first, a Lovász loss second, the best threshold last; on handwriting or your images"
 	@echo "make evidence    compare losses seed by seed, hours; stop it and go on as you like; ARGS=--quick for two minutes"
 	@echo "make bench       time, memory and accuracy beside Kornia 0.9.0 and cross-entropy"
 	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
@@ -27,6 +28,9 @@ help:
 	@echo "make clean       remove what the other targets made"
 
 demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py $(ARGS)
+
+two-stages: $(VENV)/installed
 	$(BIN)/python examples/segment.py $(ARGS)
 
 evidence: $(VENV)/installed

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fork.compose import fetch_release, load_release_module
-from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
+from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "source" / "coming_from.rst"
@@ -111,6 +111,7 @@ def paddleseg() -> dict:
     return {"LovaszSoftmaxLoss": softmax, "LovaszHingeLoss": hinge}
 
 
+OURS = (lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss)
 THEIRS = {f.__name__: functools.cache(f) for f in (kornia, smp, toolbelt, mmseg, berman, pointcept, paddleseg)}
 ROWS = [(peer, theirs, ours) for peer, calls in rows().items() for theirs, ours in calls]
 
@@ -162,9 +163,7 @@ def test_all_tables_are_found():
 @pytest.mark.parametrize(("peer", "theirs", "ours"), ROWS, ids=[f"{peer}-{theirs}" for peer, theirs, _ in ROWS])
 def test_row(peer, theirs, ours):
     expected = value_and_gradients(theirs, THEIRS[peer]())
-    actual = value_and_gradients(
-        ours, {"lovasz_softmax_loss": lovasz_softmax_loss, "lovasz_hinge_loss": lovasz_hinge_loss}
-    )
+    actual = value_and_gradients(ours, {loss.__name__: loss for loss in OURS})
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, check_dtype=False, rtol=1e-4, atol=1e-6)
 

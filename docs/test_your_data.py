@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
+from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 
 
 @pytest.fixture(autouse=True)
@@ -101,36 +101,37 @@ class TestSeveralLabels:
         x, y = logits.transpose(0, 1).flatten(2)[:, None], masks.transpose(0, 1).flatten(2)
         assert is_view(x, logits)
         assert is_view(y, masks)
-        same(lovasz_hinge_loss(x, y), mean(self.one(logits[:, c], masks[:, c]) for c in range(3)))
+        same(lovasz_sigmoid_loss(x, y), mean(self.one(logits[:, c], masks[:, c]) for c in range(3)))
 
     def test_each_mask(self, data):
         logits, masks = data
         x, y = logits.flatten(0, 1)[:, None], masks.flatten(0, 1)
         assert is_view(x, logits)
-        same(lovasz_hinge_loss(x, y), mean(self.one(logits[i, c], masks[i, c]) for i in range(4) for c in range(3)))
+        same(lovasz_sigmoid_loss(x, y), mean(self.one(logits[i, c], masks[i, c]) for i in range(4) for c in range(3)))
 
     def test_all_together(self, data):
         logits, masks = data
-        loss = lovasz_hinge_loss(logits.flatten(0, 1)[:, None], masks.flatten(0, 1), per_image=False)
+        loss = lovasz_sigmoid_loss(logits.flatten(0, 1)[:, None], masks.flatten(0, 1), per_image=False)
         same(loss, self.one(logits, masks))
 
     def one(self, logits, masks):
-        return definition.hinge(logits.reshape(1, 1, -1), masks.reshape(1, -1))
+        probability = logits.reshape(1, 1, -1).sigmoid()
+        return definition.softmax(torch.cat([1 - probability, probability], 1), masks.reshape(1, -1), classes=[1])
 
 
 class TestOneClass:
     def test_one_output_with_bounded_errors(self):
         logits, masks = torch.randn(2, 1, 5, 6), torch.randint(0, 2, (2, 5, 6))
-        two = torch.cat([torch.zeros_like(logits), logits], dim=1)
         probabilities = torch.cat([1 - logits.sigmoid(), logits.sigmoid()], dim=1)
         expected = definition.softmax(probabilities, masks, classes=[1], per_image=True)
-        same(lovasz_softmax_loss(two, masks, classes=[1]), expected)
+        same(lovasz_sigmoid_loss(logits, masks), expected)
 
     def test_two_outputs(self):
         logits, masks = torch.randn(2, 2, 5, 6), torch.randint(0, 2, (2, 5, 6))
         difference = logits[:, 1:] - logits[:, :1]
         torch.testing.assert_close(difference.sigmoid(), logits.softmax(1)[:, 1:])
         same(lovasz_hinge_loss(difference, masks), definition.hinge(difference, masks))
+        same(lovasz_sigmoid_loss(difference, masks), lovasz_softmax_loss(logits, masks, classes=[1]))
 
 
 def test_one_hot_targets():

@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from segment import Loss, Stage, Task, binary_cross_entropy, evaluate, predict
 from torch import nn
 
-from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
+from kornia.losses import LovaszHingeLoss, LovaszSigmoidLoss, LovaszSoftmaxLoss
 from kornia.metrics import best_iou_threshold, iou_at_thresholds
 
 ROOT = Path(__file__).resolve().parent
@@ -120,14 +120,12 @@ def overlap(logits: torch.Tensor, labels: torch.Tensor, *, jaccard: bool) -> tor
 
 
 def lovasz(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Lovász-Softmax of the batch; of one output, that of the foreground alone."""
-    if logits.shape[1] > 1:
-        return LOVASZ_SOFTMAX(logits, labels)
-    return LOVASZ_SOFTMAX_OF_FOREGROUND(torch.cat([torch.zeros_like(logits), logits], 1), labels)
+    """Lovász-Softmax of the batch; of one output, the sigmoid loss, which is that of the foreground alone."""
+    return LOVASZ_SOFTMAX(logits, labels) if logits.shape[1] > 1 else LOVASZ_SIGMOID(logits, labels)
 
 
 LOVASZ_SOFTMAX = LovaszSoftmaxLoss(classes="present", per_image=False, ignore_index=IGNORE)
-LOVASZ_SOFTMAX_OF_FOREGROUND = LovaszSoftmaxLoss(classes=[1], per_image=False, ignore_index=IGNORE)
+LOVASZ_SIGMOID = LovaszSigmoidLoss(per_image=False, ignore_index=IGNORE)
 LOSSES: dict[str, Loss] = {
     "ce": cross_entropy,
     "dice": partial(overlap, jaccard=False),

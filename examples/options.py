@@ -60,6 +60,12 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add(training, "--lovasz-steps", at_least(1), 200, "batches of the second stage, Lovász or more cross-entropy")
     add(training, "--lovasz-lr", positive, None, f"its learning rate (default: {second})", "RATE")
     add(training, "--mix", share, 0.0, "weight of cross-entropy in the second stage, the rest is Lovász", "W")
+    training.add_argument(
+        "--loss",
+        choices=("sigmoid", "hinge"),
+        default="sigmoid",
+        help="Lovász loss of one class: with errors that are bounded, or the hinge loss (default: sigmoid)",
+    )
     training.add_argument("--per-image", action="store_true", help="score each image by itself, not the batch")
     training.add_argument(
         "--classes",

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
+from kornia.losses import LovaszHingeLoss, LovaszSigmoidLoss, LovaszSoftmaxLoss
 from kornia.metrics import IoUThresholdSearch, confusion_matrix
 
 try:
@@ -98,15 +98,24 @@ def binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.binary_cross_entropy_with_logits(logits[:, 0][valid], labels[valid].float())
 
 
-def lovasz(task: Task, *, per_image: bool = False, classes: str = "present", num_bins: int | None = None) -> Loss:
-    """The loss to finish with, on raw logits.
+def lovasz(
+    task: Task,
+    *,
+    hinge: bool = False,
+    per_image: bool = False,
+    classes: str = "present",
+    num_bins: int | None = None,
+) -> Loss:
+    """The loss to finish with, on raw logits; of one class, the sigmoid or the hinge loss.
 
     Batch-wide and on the classes that the batch shows, it comes closest to the IoU over a data set that is reported
     in the end. Under torchrun the batch is that of all processes.
     """
     group = dist.group.WORLD if dist.is_initialized() and not per_image else None
     options = {"ignore_index": IGNORE, "per_image": per_image, "num_bins": num_bins, "process_group": group}
-    return LovaszHingeLoss(**options) if task.is_binary else LovaszSoftmaxLoss(classes=classes, **options)
+    if not task.is_binary:
+        return LovaszSoftmaxLoss(classes=classes, **options)
+    return LovaszHingeLoss(**options) if hinge else LovaszSigmoidLoss(**options)
 
 
 def mixed(first: Loss, second: Loss, weight: float) -> Loss:
@@ -365,7 +374,9 @@ def train(
     model = build_network(task, data["train"].images.shape[1]).to(args.device)
     network = DistributedDataParallel(model) if dist.is_initialized() else model
     first = cross_entropy(task)
-    second = lovasz(task, per_image=args.per_image, classes=args.classes, num_bins=args.num_bins)
+    second = lovasz(
+        task, hinge=args.loss == "hinge", per_image=args.per_image, classes=args.classes, num_bins=args.num_bins
+    )
     if args.mix:
         second = mixed(first, second, args.mix)
     lr, second_lr = learning_rates(args, task.name)

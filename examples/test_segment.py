@@ -16,7 +16,7 @@ import segment
 import torch
 from PIL import Image
 
-from kornia.losses import lovasz_hinge_loss, lovasz_softmax_loss
+from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 
 TINY = ["--size", "32", "--scenes", "8", "--steps", "4", "--lovasz-steps", "3", "--batch-size", "2", "--device", "cpu"]
 BINARY = segment.Task("binary", ("rest", "ink"))
@@ -119,11 +119,12 @@ class TestLosses:
         expected = torch.tensor([-2.0, -3.0]).exp().log1p().mean()
         assert torch.allclose(segment.cross_entropy(BINARY)(logits, labels), expected)
 
-    def test_binary_lovasz_leaves_out_ignored_pixels(self):
+    @pytest.mark.parametrize(("hinge", "loss"), [(False, lovasz_sigmoid_loss), (True, lovasz_hinge_loss)])
+    def test_binary_lovasz_leaves_out_ignored_pixels(self, hinge, loss):
         logits, labels = torch.tensor([[[[2.0, -3.0, 0.5]]]]), torch.tensor([[[1, 0, 0]]])
         ignored = torch.cat([labels, torch.full_like(labels, 255)], dim=2)
         doubled = torch.cat([logits, logits], dim=3)
-        assert torch.allclose(segment.lovasz(BINARY)(doubled, ignored), lovasz_hinge_loss(logits, labels))
+        assert torch.allclose(segment.lovasz(BINARY, hinge=hinge)(doubled, ignored), loss(logits, labels))
 
     def test_lovasz_scores_the_batch_on_the_classes_it_shows(self):
         # Image 0 shows class 0 alone and is right, image 1 shows class 1 alone and is wrong; class 2 never occurs.

@@ -45,6 +45,13 @@ def raised_by(function, *args):
     return type(caught.value), str(caught.value)
 
 
+def assert_alike(ours, theirs):
+    """The same type, and the same message: ours may have a line more, which says what to pass instead."""
+    assert ours[0] is theirs[0]
+    assert ours[1].removeprefix(theirs[1])[:1] in ("", "\n")
+    assert ours[1].startswith(theirs[1])
+
+
 def inputs_and_gradients(function, *args):
     leaves = [arg.clone().requires_grad_() for arg in args if arg.is_floating_point()]
     remaining = iter(leaves)
@@ -186,7 +193,7 @@ HINGE_ERRORS = {
 @pytest.mark.parametrize("case", HINGE_ERRORS)
 def test_hinge_error(case):
     args = HINGE_ERRORS[case]()
-    assert raised_by(losses.lovasz_hinge_loss, *args) == raised_by(HINGE.lovasz_hinge_loss, *args)
+    assert_alike(raised_by(losses.lovasz_hinge_loss, *args), raised_by(HINGE.lovasz_hinge_loss, *args))
 
 
 SOFTMAX_ERRORS = {
@@ -209,7 +216,7 @@ SOFTMAX_ERRORS = {
 @pytest.mark.parametrize("case", SOFTMAX_ERRORS)
 def test_softmax_error(case):
     args = SOFTMAX_ERRORS[case]()
-    assert raised_by(losses.lovasz_softmax_loss, *args) == raised_by(SOFTMAX.lovasz_softmax_loss, *args)
+    assert_alike(raised_by(losses.lovasz_softmax_loss, *args), raised_by(SOFTMAX.lovasz_softmax_loss, *args))
 
 
 @pytest.mark.parametrize(("name", "release", "channels"), [("hinge", HINGE, 1), ("softmax", SOFTMAX, 3)])

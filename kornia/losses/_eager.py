@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of tensor an operation is given: the one place of the losses that asks PyTorch's private functions."""
+"""Queries about tensors and modes of PyTorch. The only file of the losses that uses private functions of PyTorch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may decide what is computed: it is real, and nothing records the operations."""
+    """Whether code may branch on the values of a tensor: it holds data, and nothing traces or transforms the code."""
     return values_of(tensor) is tensor and not torch._C._are_functorch_transforms_active()
 
 
 def values_of(tensor: Tensor) -> Optional[Tensor]:
-    """The values that a tensor stands for, also under transforms of functorch; None where there are none to look at."""
+    """The data behind a tensor, also inside functorch transforms; None while tracing, where there is no data."""
     if torch.compiler.is_compiling():
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -29,7 +29,7 @@ def values_of(tensor: Tensor) -> Optional[Tensor]:
 
 
 def is_compiled() -> bool:
-    """Whether ``torch.compile`` or ``torch.export`` records what is done, and no transform of functorch is active."""
+    """Whether ``torch.compile`` or ``torch.export`` is tracing, outside of functorch transforms."""
     return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
@@ -39,7 +39,7 @@ def is_dual(tensor: Tensor) -> bool:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a gradient stands for many, as in ``autograd.grad(is_grads_batched=True)``, or a transform is active."""
+    """Whether a gradient is a batch of gradients (``is_grads_batched=True``), or a functorch transform is active."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._are_functorch_transforms_active()
 
 

@@ -15,10 +15,14 @@ from ._eager import is_eager, values_of
 from ._utils import mask_ignore_pixels
 from .one_hot import _check_class_labels
 
+# What to pass instead, by the number of dimensions of pred.
 _LAYOUTS = {
     2: "Points (N, C) with labels (N,) are one image: pass pred.T[None, :, :, None] and target[None, :, None].",
+    3: "Points (B, C, N) or signals with labels (B, N): pass pred[..., None] and target[..., None].",
     5: "Volumes (B, C, D, H, W) with labels (B, D, H, W): pass pred.flatten(3) and target.flatten(2).",
 }
+# Labels of ignored pixels in many data sets.
+_USUALLY_IGNORED = (255, -1)
 
 
 def check_pair(pred: Tensor, target: Tensor, channels: str) -> None:
@@ -34,8 +38,15 @@ def check_pair(pred: Tensor, target: Tensor, channels: str) -> None:
         KORNIA_CHECK_SHAPE(pred, ["B", channels, "H", "W"])
         KORNIA_CHECK_SHAPE(target, ["B", "H", "W"])
     except ShapeError as error:
-        if pred.ndim in _LAYOUTS:
-            error.args = (f"{error.args[0]}\n{_LAYOUTS[pred.ndim]}", *error.args[1:])
+        hint = _LAYOUTS.get(pred.ndim)
+        if pred.ndim == target.ndim == 4 and target.shape[1] == 1:
+            hint = "Masks (B, 1, H, W): pass target.squeeze(1)."
+        elif pred.ndim == target.ndim == 4 and channels == "1":
+            hint = "Masks (B, C, H, W) of C classes: pass pred.flatten(0, 1)[:, None] and target.flatten(0, 1)."
+        elif pred.ndim == target.ndim == 4:
+            hint = "One-hot labels (B, C, H, W): pass target.argmax(1). Masks that overlap need a loss of one class."
+        if hint is not None:
+            error.args = (f"{error.args[0]}\n{hint}", *error.args[1:])
         raise
     if channels != "1" and not pred.shape[1] > 1:
         raise ValueError(f"Invalid pred shape, we expect BxNxHxW, with N > 1. Got: {pred.shape}")
@@ -53,15 +64,22 @@ def _require(is_right: Callable[[Tensor], Tensor], labels: Tensor, message: str)
     values = values_of(labels)
     if values is not None:
         if not is_right(values).all():
-            raise ValueError(f"{message}. Got: {values[~is_right(values)].unique()[:5].tolist()}")
-    elif not torch._C._are_functorch_transforms_active():  # vmap has no rule for the assertion
+            raise ValueError(f"{message}. {_wrong_labels(values[~is_right(values)])}")
+    elif not torch._C._are_functorch_transforms_active():  # vmap cannot batch the assertion
         torch._assert_async(is_right(labels).all(), message)
 
 
+def _wrong_labels(wrong: Tensor) -> str:
+    """The first of them, and what to do about a label that usually marks ignored pixels."""
+    labels = wrong.unique()[:5].tolist()
+    hints = [f"To ignore those pixels, pass ignore_index={int(x)}" for x in labels if x in _USUALLY_IGNORED]
+    return ". ".join([f"Got: {labels}", *hints[:1]])
+
+
 def _as_integers(target: Tensor) -> Tensor:
-    # As int64, since an ignore_index that a narrow integer dtype cannot hold would wrap around to one of its labels.
+    # In int64: in a narrower dtype, an ignore_index out of its range would wrap around to a valid label.
     labels = target.to(torch.int64)
-    if target.dtype == torch.uint64:  # neither may these
+    if target.dtype == torch.uint64:  # and so would these
         labels = labels.where(labels >= 0, torch.iinfo(torch.int64).max)
     return labels
 
@@ -104,4 +122,13 @@ def class_labels(target: Tensor, num_classes: int, ignore_index: Optional[int]) 
         expected = "target must hold class labels, whole numbers; the loss has no form for soft labels"
         _require(lambda labels: labels == labels.trunc(), target, expected)
     labels, valid, checked = _mask(_as_integers(target), num_classes, ignore_index)
-    return labels if checked else _check_class_labels(labels, num_classes), valid
+    if checked:
+        return labels, valid
+    if not is_eager(labels):
+        return _check_class_labels(labels, num_classes), valid
+    try:
+        return _check_class_labels(labels, num_classes), valid
+    except RuntimeError as error:
+        wrong = labels[(labels < 0) | (labels >= num_classes)]
+        error.args = (f"{error.args[0]}\n{_wrong_labels(wrong)}", *error.args[1:])
+        raise

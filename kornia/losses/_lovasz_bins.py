@@ -37,14 +37,14 @@ from ._lovasz_options import Options
 # From the smallest error to the largest, the width of the narrow bins doubles this many times.
 _OCTAVES = 24
 _MANTISSA_BITS = 23
-# Places to count what does not matter.
+# Dummy slots at the end of the counts, see _add_counts.
 _SPARE = 1 << 10
 # The range of the errors is at least that wide, and its ends at most that large, so that its inverse is finite.
 _NARROWEST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
 
 
 def _slab_size(errors: Tensor) -> int:
-    """How many errors to handle at a time, which takes some 40 bytes for each; CUDA takes some time for each step."""
+    """Errors in a chunk, with about 40 bytes of temporaries each; more on CUDA, as each launch has a fixed cost."""
     return 1 << (18 if errors.device.type == "cpu" else 22)
 
 
@@ -118,10 +118,10 @@ def _range_of_bins(parts: Sequence[tuple[Tensor, Tensor]], options: Options) -> 
 
 
 def _add_counts(counts: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
-    """Count slots ``(R, *)``, but not the first of each row, which starts at a number of its own ``(R, 1)``.
+    """Add the counts of slots ``(R, *)``, except for the first slot of each row, given by ``starts`` ``(R, 1)``.
 
-    The background there has no weight, and its number enters no other. Where most pixels are right, they are there, and
-    a GPU would wait to count them in one place: they are counted in many, the last of the counts.
+    The background there has weight 0, and no other weight depends on how much there is. Once a network is right, most
+    pixels are there. Their atomic additions on a GPU would queue at one address, so they go to the dummy slots.
     """
     spare = torch.arange(slots.shape[1], device=slots.device) % _SPARE + (counts.shape[0] - _SPARE)
     places = torch.where(slots == starts, spare, slots).flatten()

@@ -37,7 +37,7 @@ def _size_of_pieces(errors: int) -> int:
     return max(_PIECE, -(-errors // (4 * torch.get_num_threads())))
 
 
-# Errors (or what ascends with them), foreground and weights, to what is kept of each pixel and their part in the loss.
+# From errors or margins, foreground and weights, to what is kept of each pixel and to the sum of their losses.
 Use = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -94,7 +94,7 @@ def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use,
 
 def _long_row_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, options: Options) -> Tensor:
     """The same for one row ``(1, N)``, in pieces."""
-    # Where the gradient will be, the margins are kept before.
+    # The buffer of the gradient holds the margins first.
     step = _size_of_pieces(logits.shape[1])
     pieces = zip(*(tensor.split(step, 1) for tensor in (logits, labels, gradient)))
     measured = in_pieces(lambda piece: _measure_margins(*piece, options)[1:], pieces)
@@ -108,7 +108,7 @@ def _long_row_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: 
 def _measure_margins(
     logits: Tensor, labels: Tensor, margins: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overwrite ``margins``, which ascend with the errors, of pixels ``(R, N)``.
+    """Overwrite ``margins`` of pixels ``(R, N)``: minus the logit on the foreground, the logit elsewhere.
 
     Returns:
         the foreground, bytes ``(R, N)``; and of each row the size of the foreground, its smallest margin (for the hinge
@@ -150,7 +150,7 @@ def _sigmoid(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int)
 
 
 def _signs(foreground: Tensor, out: Tensor) -> Tensor:
-    """Overwrite a tensor by -1 on the foreground and 1 elsewhere."""
+    """Fill a tensor with -1 on the foreground and 1 elsewhere."""
     return out.copy_(foreground).mul_(-2.0).add_(1.0)
 
 
@@ -319,7 +319,7 @@ def _rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor
     """Weights of the candidates in rows, and 0 elsewhere.
 
     Args:
-        errors: or what ascends with them, ``(R, N)``.
+        errors: or margins, ``(R, N)``.
         foreground: bytes ``(R, N)``.
         sizes: how many pixels of the foreground a row has, int64 ``(R,)``.
         floors: of the rows ``(R,)``.
@@ -342,19 +342,19 @@ def _rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor
 def _rank_long_row(
     errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, use: Use
 ) -> Tensor:
-    """Have the weights of one row used, and return the loss ``(1,)``.
+    """Rank one long row in pieces, hand the weights to ``use``, and return the loss ``(1,)``.
 
     This is parallel sorting by regular sampling: runs of pixels are sorted, samples of them divide the range of the
     errors into parts of about the same size, and the runs are merged part by part.
 
     Args:
-        errors: of a row, or what ascends with them, ``(N,)``.
+        errors: or margins, of a row ``(N,)``.
         labels: ``(N,)``.
         label: of the foreground.
         size: of the foreground, int64.
         floor: of the candidates.
-        out: takes what is kept, 0 where there is no candidate, ``(N,)``; may be the errors.
-        use: makes of candidates what is kept.
+        out: receives what ``use`` keeps, and 0 elsewhere, ``(N,)``; may be the errors.
+        use: turns weights into what is kept.
     """
     step = _size_of_pieces(len(errors))
     pieces = zip(range(0, len(errors), step), *(tensor.split(step) for tensor in (errors, labels, out)))
@@ -396,15 +396,15 @@ def _sorted_run(
 def _merge(
     values: tuple[Tensor, ...], tagged: tuple[Tensor, ...], position: Tensor, union: Tensor, out: Tensor, use: Use
 ) -> Tensor:
-    """Have the weights of a part of a row used, and return its loss.
+    """Merge a part of all runs, hand its weights to ``use``, and return its loss.
 
     Args:
         values: of each run, the candidates in the part.
         tagged: their places and whether they are foreground, see :func:`_sorted_run`.
         position: how many candidates come before the part.
         union: the foreground size of the row, and the background before the part.
-        out: takes what is kept, ``(N,)``.
-        use: makes of candidates what is kept.
+        out: receives what ``use`` keeps, ``(N,)``.
+        use: turns weights into what is kept.
     """
     errors, tags = torch.cat(values), torch.cat(tagged)
     order = descending_order(errors)

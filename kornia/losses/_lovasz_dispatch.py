@@ -20,14 +20,14 @@ _MIN_CPU = 1 << 16
 def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
     """Reduced loss of logits ``(B, C, H, W)``, at least float32.
 
-    - The dense form under autograd: for functorch and graphs, which must not depend on values; for forward-mode
-      tangents; and for a weight that learns, which needs the term of each class. Also for labels that gradcheck moves.
-    - An operator, for compiled code on the CPU: what eager code does, as a graph could not hold it.
-    - In eager code, losses and gradient at once.
+    - Eager code computes the loss and its gradient together.
+    - Compiled code on the CPU does the same, through an operator: the CPU form branches on values, a graph cannot.
+    - All else differentiates the dense form by autograd: functorch, other compiled code, forward-mode tangents, a
+      weight that requires a gradient, and labels that do (gradcheck perturbs them).
     """
     learns = target.requires_grad or (weight is not None and weight.requires_grad)
     if all(is_eager(x) and not is_dual(x) for x in (pred, target, weight) if x is not None) and not learns:
-        # What autograd keeps must not be a tensor of the inference mode, such as the labels of a teacher.
+        # Autograd cannot save tensors made in inference mode, such as labels that a teacher has predicted.
         target = target.clone() if target.is_inference() and not torch.is_inference_mode_enabled() else target
         loss = _Eager.apply(pred, target, weight, options)
     elif is_compiled() and pred.device.type == "cpu" and options.process_group is None and not learns:
@@ -72,14 +72,14 @@ class _Eager(torch.autograd.Function):
             return torch.autograd.grad(loss, pred, grad_loss, create_graph=create_graph)[0]
         gradient = ctx.gradient
         if ctx.options.process_group is not None:
-            # It is kept: a second backward must not need the other processes, which may not run one.
+            # Kept, so that a second backward does not wait for other processes, which may not run one.
             gradient = gradient * grad_loss.view(-1, 1, 1)
         else:
-            # The buffer is handed out, to be neither copied nor kept. A second backward has to fill it again.
+            # Handed out without a copy. A second backward computes it again.
             ctx.gradient = None
             if gradient is None:
                 gradient = _compute(*ctx.saved_tensors, ctx.options)[1]
-            # Most often the factor is 1, as the gradient includes the divisor of the mean.
+            # The factor is usually 1, as the gradient includes the divisor of the mean.
             if gradient.device.type != "cpu" or grad_loss.numel() != 1 or grad_loss.item() != 1:
                 gradient.mul_(grad_loss.view(-1, 1, 1))
         return _as_pred(gradient, ctx.shape, ctx.dtype)

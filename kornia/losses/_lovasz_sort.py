@@ -11,14 +11,15 @@ from torch import Tensor
 from ._eager import is_eager
 from ._lovasz import jaccard_weights
 
-# Errors sorted at a time on other devices than the CPU, unless one row is longer: they take some 40 bytes each.
+# Errors sorted at a time by the dense form, unless one row is longer: they take about 40 bytes each.
 _SLAB = 1 << 22
-# PyTorch sorts shorter vectors of integers by comparison, which costs more than padding one of a fifth of this length.
+# PyTorch sorts integers by digits from this length on, and shorter vectors by comparison. Padding a vector to this
+# length is faster from a fifth of it.
 _MIN_DIGITS = 1 << 15
 
 
 def sorted_weights(errors: Tensor, foreground: Tensor) -> Tensor:
-    """Weights of rows of errors ``(R, N)``, or of anything that ascends with them.
+    """Weights of rows of errors ``(R, N)``, or of margins, which rank alike.
 
     Pixels to ignore must be background with an error below every valid one. They then rank last, where the weight of a
     background pixel is 0, unless there is no valid pixel at all. The foreground is bool or bytes.

@@ -138,8 +138,8 @@ class LovaszSoftmaxLoss(LovaszModule):
     and what is raised.
 
     Args:
-        weight: factor of the term of each class :math:`(C,)`, or None. A parameter is registered as one; any other
-            tensor becomes a buffer that moves with the module and is not saved with it.
+        weight: factor of the term of each class :math:`(C,)`, also as a list or tuple, or None. A parameter is
+            registered as one; anything else becomes a buffer that moves with the module and is not saved with it.
         classes: the classes averaged: "all", "present" or a sequence of class indices.
         ignore_index: label of the pixels to ignore, or None.
         per_image: whether each image is one group; otherwise the batch is.
@@ -163,7 +163,7 @@ class LovaszSoftmaxLoss(LovaszModule):
 
     def __init__(
         self,
-        weight: Optional[Tensor] = None,
+        weight: Union[Tensor, Sequence[float], None] = None,
         *,
         classes: Union[str, Sequence[int]] = "all",
         ignore_index: Optional[int] = -100,
@@ -173,6 +173,8 @@ class LovaszSoftmaxLoss(LovaszModule):
         process_group: Optional[ProcessGroup] = None,
     ) -> None:
         super().__init__(Options("softmax", ignore_index, per_image, reduction, num_bins, process_group, classes))
+        if isinstance(weight, (list, tuple)):
+            weight = torch.tensor(weight, dtype=torch.float32)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:

@@ -395,11 +395,11 @@ class IoUThresholdSearch:
         counts = _count_above(pred, target, self.ignore_index, self.thresholds.to(pred.device))
         self.counts = self.counts.to(pred.device) + counts
 
-    def iou_at_thresholds(self, group: Optional[ProcessGroup] = None) -> Tensor:
+    def iou_at_thresholds(self, process_group: Optional[ProcessGroup] = None) -> Tensor:
         """Compute the IoU at each threshold.
 
         Args:
-            group: processes whose counts are added up; all of them must call this, with the same thresholds.
+            process_group: processes whose counts are added up; all of them must call this, with the same thresholds.
                 ``torch.distributed.group.WORLD`` is all processes. None: the counts of this process.
 
         Returns:
@@ -409,16 +409,17 @@ class IoUThresholdSearch:
         Raises:
             RuntimeError: if no valid pixel has been counted.
         """
-        return self._iou(group).to(torch.promote_types(self.thresholds.dtype, torch.float32))
+        return self._iou(process_group).to(torch.promote_types(self.thresholds.dtype, torch.float32))
 
-    def compute(self, group: Optional[ProcessGroup] = None) -> tuple[Tensor, Tensor]:
+    def compute(self, process_group: Optional[ProcessGroup] = None) -> tuple[Tensor, Tensor]:
         """Find the best of the thresholds.
 
         Of several that are equally good it is the middle one: of the widest range of neighbours, and of two in the
         middle the larger.
 
         Args:
-            group: processes whose counts are added up, as for ``iou_at_thresholds``. None: those of this process.
+            process_group: processes whose counts are added up, as for ``iou_at_thresholds``. None: the counts of this
+                process.
 
         Returns:
             the threshold, in logits, and its IoU, both 0-d. Both are nan if a logit was. Apply it as
@@ -427,7 +428,7 @@ class IoUThresholdSearch:
         Raises:
             RuntimeError: if no valid pixel has been counted.
         """
-        iou = self._iou(group)
+        iou = self._iou(process_group)
         descending, order = self.thresholds.to(iou.device).sort(descending=True)
         iou = iou[order]
         if iou.isnan().any():
@@ -438,11 +439,11 @@ class IoUThresholdSearch:
             best, threshold = iou[middle], descending[middle]
         return threshold, best.to(torch.promote_types(threshold.dtype, torch.float32))
 
-    def _iou(self, group: Optional[ProcessGroup]) -> Tensor:
+    def _iou(self, process_group: Optional[ProcessGroup]) -> Tensor:
         counts = self.counts
-        if group is not None:
+        if process_group is not None:
             counts = counts.clone()
-            torch.distributed.all_reduce(counts, group=group)
+            torch.distributed.all_reduce(counts, group=process_group)
         if not counts[:, 0].any():
             raise RuntimeError("no valid pixel has been counted: call update first, with labels that are not ignored")
         return _iou(counts, torch.float64)

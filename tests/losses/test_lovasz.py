@@ -87,6 +87,15 @@ class TestLovaszChecks(LovaszTester):
                 with pytest.raises((ValueError, RuntimeError), match=loss.wrong_label):
                     loss(pred, target.to(label_dtype), ignore_index=ignore_index)
 
+    @pytest.mark.parametrize("label", [255, -1, 7])
+    def test_exception_names_the_label(self, loss, label):
+        """And what ignores it, if it is one that data sets use for that."""
+        pred, target = make_inputs(loss, "cpu", torch.float32)
+        target[0, 0, 0] = label
+        with pytest.raises((ValueError, RuntimeError), match=rf"(?s){loss.wrong_label}.*Got: \[{label}\]") as caught:
+            loss(pred, target)
+        assert (f". To ignore those pixels, pass ignore_index={label}" in str(caught.value)) == (label != 7)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -149,6 +158,15 @@ class TestLovaszChecks(LovaszTester):
         points = torch.zeros(7, loss.channels, device=device), torch.zeros(7, device=device)
         with pytest.raises(ShapeError, match=r"(?s)Points \(N, C\) .*: pass pred\.T\[None, :, :, None\]"):
             loss(*points)
+        signals = torch.zeros(2, loss.channels, 7, device=device), torch.zeros(2, 7, device=device)
+        with pytest.raises(ShapeError, match=r"(?s)signals .*: pass pred\[\.\.\., None\]"):
+            loss(*signals)
+        masks = torch.zeros(2, loss.channels, 3, 4, device=device), torch.zeros(2, 1, 3, 4, device=device)
+        with pytest.raises(ShapeError, match=r"(?s)got 4.*\nMasks \(B, 1, H, W\): pass target\.squeeze\(1\)"):
+            loss(*masks)
+        pass_instead = r"pred\.flatten\(0, 1\)" if loss.channels == 1 else r"target\.argmax\(1\)"
+        with pytest.raises(ShapeError, match=rf"(?s)\(B, C, H, W\).*: pass {pass_instead}"):
+            loss(torch.zeros(2, 3, 4, 5, device=device), torch.zeros(2, 3, 4, 5, device=device))
         volumes = torch.zeros(1, loss.channels, 2, 3, 4, device=device), torch.zeros(1, 2, 3, 4, device=device)
         with pytest.raises(ShapeError, match=r"(?s)Volumes .*: pass pred\.flatten\(3\)"):
             loss(*volumes)

@@ -211,6 +211,13 @@ class TestLovaszSoftmaxLoss(LovaszTester):
             lambda x, w: lovasz_softmax_loss(x, target, w), [pred, weight], fast_mode=False, check_forward_ad=True
         )
 
+    @pytest.mark.parametrize("kind", [list, tuple])
+    def test_module_weight_of_numbers(self, kind, device):
+        module = LovaszSoftmaxLoss(kind([1, 2.5, 0, 1])).to(device)
+        pred, target = make_inputs(SOFTMAX, device, torch.float32)
+        expected = lovasz_softmax_loss(pred, target, torch.tensor([1, 2.5, 0, 1], device=device))
+        assert torch.equal(module(pred, target), expected)
+
     def test_module_weight(self, device):
         module = LovaszSoftmaxLoss(torch.ones(4)).to(device)
         assert module.weight.device.type == device.type
