@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on for the device of a tensor. Some devices, such as "meta", have none."""
+    """Whether autocast is on for the device of a tensor. The device "meta" has none."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_functorch() -> Any:
+    """A context in which operations on data inside functorch transforms give data, also in PyTorch 2.5."""
+    return torch._C._DisableFuncTorch()

@@ -11,7 +11,7 @@ from torch import Tensor
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
 from kornia.core.exceptions import ShapeError
 
-from ._eager import is_eager, values_of
+from ._eager import is_eager, values_of, without_functorch
 from ._utils import mask_ignore_pixels
 from .one_hot import _check_class_labels
 
@@ -63,8 +63,9 @@ def _require(is_right: Callable[[Tensor], Tensor], labels: Tensor, message: str)
         return
     values = values_of(labels)
     if values is not None:
-        if not is_right(values).all():
-            raise ValueError(f"{message}. {_wrong_labels(values[~is_right(values)])}")
+        with without_functorch():
+            if not is_right(values).all():
+                raise ValueError(f"{message}. {_wrong_labels(values[~is_right(values)])}")
     elif not torch._C._are_functorch_transforms_active():  # vmap cannot batch the assertion
         torch._assert_async(is_right(labels).all(), message)
 

@@ -54,7 +54,8 @@ class Options(NamedTuple):
         if self.process_group is not None:
             self._check_process_group()
         classes = None if self.classes is None else _checked_classes(self.classes, num_classes)
-        return self._replace(ignore_index=ignore_index, num_bins=bins, classes=classes)
+        # Not by _replace, which Dynamo of PyTorch 2.5 cannot trace.
+        return Options(self.loss, ignore_index, self.per_image, self.reduction, bins, self.process_group, classes)
 
     def _check_process_group(self) -> None:
         if self.process_group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
