@@ -163,7 +163,7 @@ class LovaszSoftmaxLoss(LovaszModule):
 
     def __init__(
         self,
-        weight: Union[Tensor, Sequence[float], None] = None,
+        weight: Union[Tensor, list[float], tuple[float, ...], None] = None,
         *,
         classes: Union[str, Sequence[int]] = "all",
         ignore_index: Optional[int] = -100,
