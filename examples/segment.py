@@ -4,8 +4,9 @@ The second stage is run twice from the same weights, with cross-entropy and with
 compares equal numbers of steps.
 
 Without arguments it runs on cluttered scenes of real handwritten digits, twice: the digits with a loop against
-everything else (LovaszHingeLoss), and which digit each pixel belongs to (LovaszSoftmaxLoss). With --images and --masks
-it runs on your own data. It can be interrupted: the same command goes on. Under torchrun, the processes share the work.
+everything else (LovaszSigmoidLoss), and which digit each pixel belongs to (LovaszSoftmaxLoss). With --images and
+--masks it runs on your own data. It can be interrupted: the same command goes on. Under torchrun, the processes share
+the work.
 """
 
 import signal

@@ -11,6 +11,7 @@ sys.path[:0] = [str(SOURCE), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 import evidence_table  # noqa: E402 - found through the line above
 import figures  # noqa: E402 - as well
 import formulas  # noqa: E402 - as well
+import multilabel  # noqa: E402 - as well
 import tables  # noqa: E402 - as well
 import your_data  # noqa: E402 - as well
 
@@ -18,7 +19,8 @@ figures.draw_all(SOURCE / "_generated")
 formulas.write_font(SOURCE / "_generated" / "static" / "stix-two-math.woff")
 evidence_table.write_docs(SOURCE / "_generated")
 tables.write_docs(SOURCE / "_generated")
-(SOURCE / "_generated" / "your_data.rst").write_text(your_data.table(), encoding="utf-8")
+for name, table in (("multilabel", multilabel.table()), ("your_data", your_data.table())):
+    (SOURCE / "_generated" / f"{name}.rst").write_text(table, encoding="utf-8")
 
 pyproject = tomllib.loads((SOURCE / "../../pyproject.toml").read_text(encoding="utf-8"))
 project = "Kornia with exact Lovász losses"

@@ -29,7 +29,7 @@ def lovasz_sigmoid_loss(
     It is the Lovász extension of the Jaccard loss [1] at the errors :math:`e_i = 1 - p_i` on the foreground and
     :math:`e_i = p_i` elsewhere, where :math:`p_i` is the sigmoid of the logit. That is
     :func:`~kornia.losses.lovasz_softmax_loss` of the logits :math:`(0, z_i)` with ``classes=[1]``. Unlike an error of
-    :func:`~kornia.losses.lovasz_hinge_loss`, one here is at most 1, so a single wrong label cannot outweigh an image.
+    :func:`~kornia.losses.lovasz_hinge_loss`, one here is at most 1, so the weight of a single wrong label is bounded.
 
     Args:
         pred: logits :math:`(B, 1, H, W)`, not probabilities. float16 and bfloat16 are computed in float32, integers and
@@ -43,17 +43,19 @@ def lovasz_sigmoid_loss(
         num_bins: None: the exact loss. An integer in [1, 65536]: errors are counted in bins instead of sorted. The loss
             is never above the exact one, and below it by at most ``1 / num_bins``.
         process_group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its
-            processes are scored as one, see :func:`~kornia.losses.lovasz_hinge_loss`.
+            processes are scored as one. Needs ``per_image=False`` and ``num_bins``; more at
+            :func:`~kornia.losses.lovasz_hinge_loss`.
 
     Returns:
-        the loss, in [0, 1], in the dtype of a floating-point ``pred`` and otherwise in float32. It is 0-d, or with
-        reduction "none" :math:`(B,)` when ``per_image`` and :math:`(1,)` when not. A group without a valid pixel has
-        loss 0, an empty batch too.
+        the loss, in the dtype of a floating-point ``pred`` and otherwise in float32. It is 0-d, or with reduction
+        "none" :math:`(B,)` when ``per_image`` and :math:`(1,)` when not. The loss of a group is in [0, 1], and 0 without
+        a valid pixel; that of an empty batch is 0.
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
         ValueError: if the batch or image sizes or the devices differ, an option is out of range, or a label on the CPU
             is neither 0, 1 nor ``ignore_index``.
+        RuntimeError: if another process of ``process_group`` is lost or does not answer in time.
 
     References:
         [1] M. Berman, A. Rannen Triki and M. B. Blaschko, The Lovász-Softmax loss, CVPR 2018, arXiv:1705.08790.
