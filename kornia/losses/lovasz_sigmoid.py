@@ -48,8 +48,8 @@ def lovasz_sigmoid_loss(
 
     Returns:
         the loss, in the dtype of a floating-point ``pred`` and otherwise in float32. It is 0-d, or with reduction
-        "none" :math:`(B,)` when ``per_image`` and :math:`(1,)` when not. The loss of a group is in [0, 1], and 0 without
-        a valid pixel; that of an empty batch is 0.
+        "none" :math:`(B,)` when ``per_image`` and :math:`(1,)` when not. The loss of a group is in [0, 1]. It is 0
+        without a valid pixel; that of an empty batch is 0.
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
