@@ -148,6 +148,7 @@ class TestProcess:
             import torch
             from kornia.losses._threads import in_pieces
             torch.set_num_threads(2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             working = []
 
             def work(piece):
