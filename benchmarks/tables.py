@@ -216,7 +216,7 @@ def write_docs(folder: Path) -> None:
             parts = [title, "-" * len(title), "", claim(device), "", drawn_table(results)]
             if "busy" in results["grid"]:
                 parts.insert(
-                    4, list_table("How many times as fast as Kornia 0.9.0, where people train", circumstances(results))
+                    5, list_table("How many times as fast as Kornia 0.9.0, where people train", circumstances(results))
                 )
             parts += [time_table(results), memory_table(results), compiled_table(results), setting(results, device)]
         (folder / f"speed_{device}.rst").write_text("\n".join(parts), encoding="utf-8")

@@ -64,9 +64,9 @@ def lovasz_sigmoid_loss(
         >>> import torch
         >>> pred = torch.tensor([[[[2.0, -0.5], [0.25, -3.0]]]], requires_grad=True)
         >>> target = torch.tensor([[[1, 1], [0, 0]]])
-        >>> loss = lovasz_sigmoid_loss(pred, target)
+        >>> loss = lovasz_sigmoid_loss(pred, target)  # errors 0.62, 0.56, 0.12; weights 1/2, 1/6, 1/3
         >>> f"{loss:.4f}"
-        '0.5189'
+        '0.4447'
         >>> loss.backward()
 
     """
