@@ -9,6 +9,7 @@ They also bound the IoU that a threshold inside a cell can reach, so only cells 
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
@@ -160,6 +161,13 @@ def _optimal_interval(pieces: list[Pixels]) -> tuple[float, float, Tensor]:
     skipped = None
     if sum(len(logits) for logits, _ in pieces) >= _MIN_CELLS:
         pieces, skipped = _candidates(pieces)
+    # Few pixels are left, and threads that share each operation would wait for each other.
+    search = partial(_optimal_of, total=total, skipped=skipped)
+    return in_pieces(search, [pieces])[0] if total.device.type == "cpu" else search(pieces)
+
+
+def _optimal_of(pieces: list[Pixels], total: Tensor, skipped: Optional[Tensor]) -> tuple[float, float, Tensor]:
+    """Do the same with the foreground size of all pixels, and the counts of the cells that were skipped."""
     logits, foreground = (torch.cat(each) for each in zip(*pieces))
     # No threshold is below -inf.
     logits, foreground = logits[logits > float("-inf")], foreground[logits > float("-inf")]
@@ -415,7 +423,8 @@ class IoUThresholdSearch:
         """Find the best of the thresholds.
 
         Of several that are equally good it is the middle one: of the widest range of neighbours, and of two in the
-        middle the larger.
+        middle the larger. If they reach the smallest or the largest of the thresholds, a warning says so, as a better
+        one may lie beyond.
 
         Args:
             process_group: processes whose counts are added up, as for ``iou_at_thresholds``. None: the counts of this
@@ -437,6 +446,13 @@ class IoUThresholdSearch:
             first, last = _widest_optimum(iou, descending, descending)
             middle = (first + last) // 2
             best, threshold = iou[middle], descending[middle]
+            if 1 < len(iou) and best < 1 and (first == 0 or last == len(iou) - 1):
+                end = "largest" if first == 0 else "smallest"
+                warnings.warn(
+                    f"the best IoU is at the {end} of the thresholds, and there may be a better one beyond it: search "
+                    "a wider grid, such as IoUThresholdSearch(torch.linspace(0.01, 0.99, 99).logit())",
+                    stacklevel=2,
+                )
         return threshold, best.to(torch.promote_types(threshold.dtype, torch.float32))
 
     def _iou(self, process_group: Optional[ProcessGroup]) -> Tensor:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -522,6 +523,26 @@ class TestIoUThresholdSearch(BaseTester):
     def test_exception_ignore_index(self, wrong):
         with pytest.raises(ValueError, match="ignore_index must be None or a 64-bit integer"):
             IoUThresholdSearch(ignore_index=wrong)
+
+    @pytest.mark.parametrize(("logit", "end"), [(-3.0, "smallest"), (0.0, None), (3.0, "largest")])
+    def test_feature_warns_at_the_edge(self, logit, end, device, dtype):
+        # the foreground is what is above a logit: below the grid, inside it, or above it
+        pred = torch.linspace(-4, 4, 81, device=device, dtype=dtype)
+        target = (pred > logit + 0.05).long()
+        search = IoUThresholdSearch(torch.linspace(-1, 1, 9, device=device))
+        search.update(pred.view(1, 1, 1, -1), target.view(1, 1, -1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            search.compute()
+        assert [end in str(warning.message) for warning in caught] == [True] * (end is not None)
+        assert all(warning.filename == __file__ for warning in caught)
+
+    def test_feature_silent_where_nothing_is_better(self, device, dtype):
+        search = IoUThresholdSearch()
+        search.update(torch.ones(1, 1, 2, 2, device=device, dtype=dtype), torch.ones(1, 2, 2, device=device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert search.compute()[1] == 1
 
     def test_threshold_of_another_precision(self, device, dtype):
         """The threshold is applied as its docstring says, to logits that are, or are not, of its dtype."""
