@@ -9,11 +9,12 @@ from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tables import BASELINE, BINNED, GROUPED, OURS, RELEASE
+from tables import BASELINE, BINNED, COPIES, DENSE, GROUPED, OURS, RELEASE
 
 from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 
@@ -90,6 +91,39 @@ def group_of_one() -> dist.ProcessGroup:
     """A group without another process: what the loss of a global batch costs besides the network."""
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return dist.group.WORLD
+
+
+class _Copies(torch.autograd.Function):
+    """What moving memory costs: the logits are copied, in the backward pass again."""
+
+    @staticmethod
+    def forward(ctx, pred, target):
+        ctx.copy = pred.clone()
+        return pred.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return ctx.copy.clone(), None
+
+
+def without_kernels(loss: Loss) -> Loss:
+    """The same loss by operations of PyTorch alone, as other libraries have it."""
+
+    def dense(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with mock.patch("kornia.losses._lovasz_dispatch._KERNELS", False):
+            return loss(pred, target)
+
+    return dense
+
+
+def on_cuda(kind: str) -> dict[str, Loss]:
+    """What is compared on a GPU alone."""
+    ours = FUNCTIONS[kind]
+    return {
+        DENSE: without_kernels(ours),
+        f"{DENSE}, 1024 bins": without_kernels(functools.partial(ours, num_bins=1024)),
+        COPIES: _Copies.apply,
+    }
 
 
 def implementations(kind: str) -> dict[str, Loss]:

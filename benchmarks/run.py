@@ -12,6 +12,8 @@ import ctypes
 import datetime as dt
 import functools
 import gc
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -32,6 +34,7 @@ from implementations import (
     RELEASE,
     Loss,
     implementations,
+    on_cuda,
     textbook_hinge,
     textbook_terms,
 )
@@ -130,13 +133,13 @@ def spread(ratios: list[float], digits: int) -> str:
     return f"{statistics.median(ratios):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def measure_memory(scene: Scene, device: torch.device) -> dict[str, float]:
+def measure_memory(scene: Scene, device: torch.device, names: list[str]) -> dict[str, float]:
     """Extra memory at the peak of forward and backward, in multiples of the logits.
 
     On the CPU each in a process of its own; on CUDA PyTorch counts it.
     """
     if device.type == "cuda":
-        return peaks(scene, list(implementations(scene.kind)), device)
+        return peaks(scene, names, device)
     # Large blocks then go back to the system as soon as they are freed: what counts is the memory in use, not the
     # gaps that the allocator leaves, which change from run to run.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -151,7 +154,7 @@ def measure_memory(scene: Scene, device: torch.device) -> dict[str, float]:
                 env=environment,
             ).stdout.split()[-1]
         )
-        for name in implementations(scene.kind)
+        for name in names
     }
 
 
@@ -244,8 +247,22 @@ def machine(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"triton": triton_version()} if device.type == "cuda" else {}),
+        "commit": commit(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def triton_version() -> str | None:
+    return importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
+
+
+def commit() -> str | None:
+    """The commit of this checkout, None if it is none."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return None
 
 
 def _cpu_info() -> list[str]:
@@ -311,10 +328,12 @@ def main() -> None:
     if args.smoke:
         scenes, rest, rounds = [Scene("softmax", (1, 3, 32, 32), "late"), Scene("hinge", (1, 1, 32, 32), "late")], [], 1
         drawn, sides, batch = list(itertools.islice(draw_scenes(0, 1 << 14, 1 << 15), 3)), [16, 32], (2, 3, 16, 16)
-        in_memory = scenes[-1:]  # a process each
-    on_cuda = args.device.type == "cuda"
+        in_memory = scenes[-1:]
+    has_gpu = args.device.type == "cuda"
     # The release has no sigmoid loss to compile.
     to_compile = [scene for scene in in_memory if scene.stage == "late" and scene.kind != "sigmoid"] + rest[-2:]
+    if has_gpu and not args.smoke:
+        rest += [Scene(kind, SHAPES[kind][0], "late", half=True) for kind in SHAPES]
 
     results: dict = {
         "machine": machine(args.device),
@@ -333,9 +352,9 @@ def main() -> None:
             raw.write_text(json.dumps(results, indent=1) + "\n")
 
         for scene in each("scenes", scenes + rest):
-            losses = implementations(scene.kind)
+            losses = implementations(scene.kind) | (on_cuda(scene.kind) if has_gpu or args.smoke else {})
             results["times"][str(scene)] = measure_times(scene, losses, args.device, rounds)
-        for name in ("idle", "one thread", "busy")[: 1 if on_cuda else None]:
+        for name in ("idle", "one thread", "busy")[: 1 if has_gpu else None]:
             times = results["grid"][name] = {str(scene): {loss: [] for loss in rivals(scene)} for scene in drawn}
             with under(name):
                 # Pass by pass: what slows the machine for a minute then slows one round of a scene, not all of them.
@@ -345,7 +364,8 @@ def main() -> None:
         for scene in each("compiled", to_compile):
             results["compiled"][str(scene)] = measure_times(scene, compiled(scene), args.device, rounds)
         for scene in each("memory", in_memory):
-            results["memory"][str(scene)] = measure_memory(scene, args.device)
+            names = [OURS] if args.smoke else list(implementations(scene.kind))  # a process each
+            results["memory"][str(scene)] = measure_memory(scene, args.device, names)
         for side in each("errors", sides):
             results["errors"][side] = hinge_errors(side, args.device)
         for shape in each("errors of a batch", [batch]):

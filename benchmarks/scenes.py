@@ -22,6 +22,7 @@ class Scene(NamedTuple):
     present: int = CLASSES_PER_IMAGE  # classes in an image
     options: dict[str, Any] = {}
     channels_last: bool = False
+    half: bool = False  # bfloat16
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels."""
@@ -29,6 +30,7 @@ class Scene(NamedTuple):
             pred, target = softmax_scene(self.shape, self.stage, self.present)
         else:
             pred, target = binary_scene(self.shape, self.stage)
+        pred = pred.bfloat16() if self.half else pred
         return (pred.contiguous(memory_format=torch.channels_last) if self.channels_last else pred), target
 
     def __str__(self) -> str:
@@ -36,7 +38,7 @@ class Scene(NamedTuple):
         if self.kind == "softmax" and self.present != CLASSES_PER_IMAGE:
             words.append(f"{self.present} classes an image")
         words += [f"{name}={value}" for name, value in self.options.items()]
-        return " ".join(words + ["channels-last"] * self.channels_last)
+        return " ".join(words + ["channels-last"] * self.channels_last + ["bfloat16"] * self.half)
 
 
 # Those that are always measured.

@@ -11,11 +11,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 COMPILED = ", compiled"
 OURS, BINNED, GROUPED = "this fork", "this fork, 1024 bins", "this fork, in a group"
 BASELINE, RELEASE = "cross-entropy", "Kornia 0.9.0"
+DENSE, COPIES = "this fork, without kernels", "two copies"
 SHORT = {
     OURS: "this fork",
     BINNED: "1024 bins",
     GROUPED: "in a group",
+    DENSE: "without kernels",
+    f"{DENSE}, 1024 bins": "without kernels, 1024 bins",
     BASELINE: "cross-entropy",
+    COPIES: "two copies",
     RELEASE: "Kornia 0.9.0",
     "segmentation-models-pytorch": "smp",
     "pytorch-toolbelt": "toolbelt",

@@ -323,30 +323,6 @@ class TestProcesses:
             for split, expected in results.items():
                 assert float(record[f"{split}_iou"]) == pytest.approx(expected)
 
-    def test_stop_together_and_go_on(self, shared_run, tmp_path):
-        """Only one process gets the signal."""
-        script = tmp_path / "interrupted.py"
-        script.write_text(
-            "import os, signal, sys, segment\n"
-            "step = segment.Stage.step\n"
-            "def stepping(stage):\n"
-            "    value = step(stage)\n"
-            "    if stage.done == 3 and segment.rank() == 1:\n"
-            "        os.kill(os.getpid(), signal.SIGTERM)\n"
-            "    return value\n"
-            "segment.Stage.step = stepping\n"
-            "segment.main()\n"
-        )
-        out = ("--task", "binary", "--out", tmp_path)
-        done = torchrun(script, *out)
-        assert done.returncode != 0
-        assert "the same command goes on from here" in done.stdout
-        state = torch.load(tmp_path / "binary" / "checkpoint.pt")
-        assert [stage["done"] for stage in state["stages"]] == [3, 0, 0]
-        done = torchrun(segment.__file__, *out)
-        assert done.returncode == 0, done.stderr
-        same_results(shared_run[1] / "binary", tmp_path / "binary")
-
 
 def same_model_in_one_process(folder, task):
     """The last row of the results, from the saved model and all images at once."""

@@ -20,9 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-from hatchling.metadata.plugin.interface import MetadataHookInterface
 from packaging.requirements import Requirement
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+    from hatchling.metadata.plugin.interface import MetadataHookInterface
+except ImportError:  # benchmarks/gpu.py composes without building
+    BuildHookInterface = MetadataHookInterface = object
 
 # The two files of a release: the name of each, and the option of pip that asks for it alone.
 FILES = {

@@ -58,10 +58,30 @@ def draw_extension(path: Path) -> None:
     plt.close(figure)
 
 
+def draw_passes(path: Path) -> None:
+    """What the fused kernels read and write, in multiples of float32 logits."""
+    by_bins = [("range", 1, 0), ("counts", 1, 0), ("loss", 1, 0), ("gradient", 1, 1)]
+    # Places are 8 bytes, the marks of background 1.
+    exact = [("keys", 1, 1), ("background", 2, 0.25), ("ranks", 2.25, 1), ("loss", 2, 0), ("gradient", 2, 1)]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharex=True)
+    for axis, title, passes in zip(axes, ("by bins", "exact, beside the sort"), (by_bins, exact)):
+        names = [name for name, _, _ in passes]
+        reads, writes = [r for _, r, _ in passes], [w for _, _, w in passes]
+        axis.barh(names, reads, color=FOREGROUND, label="read", height=0.6)
+        axis.barh(names, writes, left=reads, color=BACKGROUND, label="written", height=0.6)
+        axis.invert_yaxis()
+        axis.set_title(f"{title}: {sum(reads) + sum(writes):g} in all", loc="left", fontsize=12)
+        axis.set_xlabel("multiples of the logits")
+    axes[0].legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def draw_all(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         draw_extension(folder / "extension.png")
+        draw_passes(folder / "passes.png")
 
 
 if __name__ == "__main__":

@@ -3,25 +3,29 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from . import _lovasz_cpu, _lovasz_dense
+from . import _lovasz_cpu, _lovasz_cuda, _lovasz_dense
 from ._eager import is_batched, is_compiled, is_dual, is_eager
 from ._lovasz_group import SumOfAll
 from ._lovasz_options import Options
 
 # With fewer logits, handing them to another thread takes longer than it spares.
 _MIN_CPU = 1 << 16
+# The fused kernels have not run on a GPU yet: they compute where someone asks for them.
+_KERNELS = os.environ.get("KORNIA_LOVASZ_KERNELS") == "1"
 
 
 def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
     """Reduced loss of logits ``(B, C, H, W)``, at least float32.
 
     - Eager code computes the loss and its gradient together.
-    - Compiled code on the CPU does the same, through an operator: the CPU form branches on values, a graph cannot.
+    - Compiled code does the same through an operator where a graph cannot hold the form: that of the CPU branches on
+      values, and fused kernels are no operations of PyTorch.
     - All else differentiates the dense form by autograd: functorch, other compiled code, forward-mode tangents, a
       weight that requires a gradient, and labels that do (gradcheck perturbs them).
     """
@@ -29,16 +33,25 @@ def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
     if all(is_eager(x) and not is_dual(x) for x in (pred, target, weight) if x is not None) and not learns:
         # Autograd cannot save tensors made in inference mode, such as labels that a teacher has predicted.
         target = target.clone() if target.is_inference() and not torch.is_inference_mode_enabled() else target
-        loss = _Eager.apply(pred, target, weight, options)
-    elif is_compiled() and pred.device.type == "cpu" and options.process_group is None and not learns:
+        form = _Fused if _has_kernels(pred, target, weight, options) else _Eager
+        loss = form.apply(pred, target, weight, options)
+    elif is_compiled() and (pred.device.type == "cpu" or _KERNELS) and options.process_group is None and not learns:
         loss = _operator(pred, target, weight, *options.for_operator())[0]
     else:
         loss = options.reduce(_lovasz_dense.losses_and_gradient(pred, target, weight, options)[0])
     return loss if options.process_group is None else SumOfAll.apply(loss, options.process_group)
 
 
+def _has_kernels(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> bool:
+    return _KERNELS and _lovasz_cuda.can_compute(pred, target, weight, options)
+
+
 def _compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
     """Reduced loss, and the gradient of the sum of the losses ``(B, C, N)``, in eager code."""
+    if _has_kernels(pred, target, weight, options):
+        loss, ranking = _lovasz_cuda.loss_and_ranking(pred, target, weight, options)
+        one = torch.ones_like(loss)
+        return loss, _lovasz_cuda.gradient(pred, target, weight, options, ranking, one, one.dtype)
     is_exact_on_cpu = pred.device.type == "cpu" and options.num_bins is None
     form = _lovasz_cpu if is_exact_on_cpu and pred.numel() >= _MIN_CPU else _lovasz_dense
     losses, gradient = form.losses_and_gradient(pred.detach(), target, weight, options)
@@ -63,26 +76,57 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
-        create_graph = torch.is_grad_enabled()
-        if create_graph or is_batched(grad_loss) or is_dual(grad_loss):
-            # A derivative of the gradient, or many gradients at once.
-            pred, *others = ctx.saved_tensors
-            with torch.enable_grad():
-                loss = ctx.options.reduce(_lovasz_dense.losses_and_gradient(pred, *others, ctx.options)[0])
-            return torch.autograd.grad(loss, pred, grad_loss, create_graph=create_graph)[0]
+        if _is_derived(grad_loss):
+            return _derived(*ctx.saved_tensors, ctx.options, grad_loss)
         gradient = ctx.gradient
         if ctx.options.process_group is not None:
             # Kept, so that a second backward does not wait for other processes, which may not run one.
-            gradient = gradient * grad_loss.view(-1, 1, 1)
-        else:
-            # Handed out without a copy. A second backward computes it again.
-            ctx.gradient = None
-            if gradient is None:
-                gradient = _compute(*ctx.saved_tensors, ctx.options)[1]
-            # The factor is usually 1, as the gradient includes the divisor of the mean.
-            if gradient.device.type != "cpu" or grad_loss.numel() != 1 or grad_loss.item() != 1:
-                gradient.mul_(grad_loss.view(-1, 1, 1))
+            return _as_pred(gradient * grad_loss.view(-1, 1, 1), ctx.shape, ctx.dtype)
+        # Handed out without a copy. A second backward computes it again.
+        ctx.gradient = None
+        if gradient is None:
+            gradient = _compute(*ctx.saved_tensors, ctx.options)[1]
+        # The factor is usually 1, as the gradient includes the divisor of the mean.
+        if gradient.device.type != "cpu" or grad_loss.numel() != 1 or grad_loss.item() != 1:
+            gradient.mul_(grad_loss.view(-1, 1, 1))
         return _as_pred(gradient, ctx.shape, ctx.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """Reduced loss by fused kernels, whose gradient is computed in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
+        loss, ranking = _lovasz_cuda.loss_and_ranking(pred.detach(), target, weight, options)
+        if ctx.needs_input_grad[0]:
+            ctx.options = options
+            ctx.save_for_backward(pred, target, weight, *ranking)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Optional[Tensor], ...]:
+        pred, target, weight, *ranking = ctx.saved_tensors
+        (grad_loss,) = grad_outputs
+        if _is_derived(grad_loss):
+            return _derived(pred, target, weight, ctx.options, grad_loss), None, None, None
+        is_one_image = len(pred) != len(target)  # whose gradient is a sum over the images of labels
+        dtype = torch.float32 if is_one_image else pred.dtype
+        inputs = pred.detach(), target, weight, ctx.options
+        gradient = _lovasz_cuda.gradient(*inputs, _lovasz_cuda.Ranking(*ranking), grad_loss, dtype)
+        return _as_pred(gradient, pred.shape, pred.dtype), None, None, None
+
+
+def _is_derived(grad_loss: Tensor) -> bool:
+    """Whether a derivative of the gradient is asked for, or many gradients at once."""
+    return torch.is_grad_enabled() or is_batched(grad_loss) or is_dual(grad_loss)
+
+
+def _derived(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options, grad_loss: Tensor) -> Tensor:
+    """The gradient by autograd from the dense form, itself differentiable."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        loss = options.reduce(_lovasz_dense.losses_and_gradient(pred, target, weight, options)[0])
+    return torch.autograd.grad(loss, pred, grad_loss, create_graph=create_graph)[0]
 
 
 def _as_pred(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -93,7 +137,7 @@ def _as_pred(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Compiled code on the CPU
+# Compiled code
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -145,9 +189,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad_loss: Tensor, _: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
     gradient, pred, target, weight = ctx.saved_tensors
     if torch.is_grad_enabled():  # for a second derivative
-        options = _options(*ctx.settings)
-        loss = options.reduce(_lovasz_dense.losses_and_gradient(pred, target, weight, options)[0])
-        result = torch.autograd.grad(loss, pred, grad_loss, create_graph=True)[0]
+        result = _derived(pred, target, weight, _options(*ctx.settings), grad_loss)
     else:
         result = _as_pred(gradient * grad_loss.view(-1, 1, 1), pred.shape, pred.dtype)
     return result, *[None] * (2 + len(ctx.settings))

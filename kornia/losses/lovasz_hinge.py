@@ -67,9 +67,8 @@ def lovasz_hinge_loss(
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
-        ValueError: if the batch or image sizes or the devices differ, ``reduction`` is unknown, ``num_bins`` is out
-            of range, ``process_group`` comes without what it needs, or a label on the CPU is neither 0, 1 nor
-            ``ignore_index``.
+        ValueError: if the batch or image sizes or the devices differ, an option is out of range, or a label on the CPU
+            is neither 0, 1 nor ``ignore_index``.
         RuntimeError: if another process of ``process_group`` is lost or does not answer in time.
 
     References:

@@ -96,9 +96,8 @@ def lovasz_softmax_loss(
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, C, H, W)` or ``target`` is not :math:`(B, H, W)`.
-        ValueError: if ``pred`` has one class, the batch or image sizes or the devices differ, ``reduction`` is
-            unknown, ``num_bins`` is out of range, ``process_group`` comes without what it needs, or ``classes`` is an
-            unknown string, empty, repeats a class or names one that ``pred`` lacks.
+        ValueError: if ``pred`` has one class, the batch or image sizes or the devices differ, or an option is out of
+            range, such as an index in ``classes`` that ``pred`` does not have.
         BaseError: if ``weight`` does not hold one value per class or is on another device.
         TypeCheckError: if ``weight`` is not a tensor.
         RuntimeError: if a label on the CPU is neither in :math:`[0, C)` nor ``ignore_index``, or if another process of

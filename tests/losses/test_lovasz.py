@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from lovasz import (
+
+from kornia.core.exceptions import ShapeError
+
+from testing.lovasz import (
     HINGE,
     INF,
     NAN,
     RTOL,
     SIGMOID,
-    SOFTMAX,
     LovaszTester,
     each_loss,
     each_loss_with_options,
@@ -32,8 +34,6 @@ from lovasz import (
     value_and_grad,
     with_forms,
 )
-
-from kornia.core.exceptions import ShapeError
 
 
 def ignored_label(options):
@@ -134,7 +134,7 @@ class TestLovaszChecks(LovaszTester):
             "num_bins": None,
             "process_group": None,
         }
-        if loss is SOFTMAX:
+        if loss.channels > 1:
             expected["classes"] = "all"
         for function in (loss.function, loss.module):
             parameters = inspect.signature(function).parameters.values()
@@ -588,7 +588,7 @@ class TestLovaszScale(LovaszTester):
         target[:, 1] = 1
         pred = torch.zeros(1, min(2, loss.channels), 2, count, device=device)
         pred[0, -1, 0] = 1.0 if loss is HINGE else math.log(3)
-        options = {"classes": [1]} if loss is SOFTMAX else {}
+        options = {"classes": [1]} if loss.channels > 1 else {}
         # errors 2 and 1, and of a probability 3/4 and 1/2
         expected = 2 * 0.5 + 1 * 0.5 if loss is HINGE else 0.75 * 0.5 + 0.5 * 0.5
         value, grad = value_and_grad(loss, pred, target, **options)

@@ -6,9 +6,10 @@ from itertools import product
 
 import pytest
 import torch
-from lovasz import jaccard_loss
 
 from kornia.losses._lovasz import jaccard_weights
+
+from testing.lovasz import jaccard_loss
 
 
 def differences(foreground):

@@ -7,10 +7,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from lovasz import HINGE, INF, RTOL, LovaszTester, force_form, make_inputs, oracle, value_and_grad
 
 from kornia.core.exceptions import ShapeError
 from kornia.losses import lovasz_hinge_loss
+
+from testing.lovasz import HINGE, INF, RTOL, LovaszTester, force_form, make_inputs, oracle, value_and_grad
 
 
 class TestLovaszHingeLoss(LovaszTester):

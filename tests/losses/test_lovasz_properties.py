@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from lovasz import HINGE, INF, NAN, RTOL, SOFTMAX, LovaszTester, each_loss, oracle, value_and_grad
+
+from testing.lovasz import HINGE, INF, NAN, RTOL, SOFTMAX, LovaszTester, each_loss, oracle, value_and_grad
 
 hypothesis = pytest.importorskip("hypothesis", reason="draws the inputs")
 st = hypothesis.strategies
@@ -63,7 +64,7 @@ class Case:
 def cases(draw, loss, ties=None, empty=False):
     least = 0 if empty else 1
     batch, height, width = (draw(st.integers(least, most), label) for label, most in zip("BHW", (4, 6, 9)))
-    channels = draw(st.integers(2, 9), "C") if loss is SOFTMAX else 1
+    channels = draw(st.integers(2, 9), "C") if loss.channels > 1 else 1
     scale = draw(st.sampled_from([1e-30, 1e-3, 1.0, 1.0, 1.0, 30.0, 1e4, 1e30]), "scale")
     ties = draw(st.booleans(), "ties") if ties is None else ties
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16), "seed"))
@@ -76,7 +77,7 @@ def cases(draw, loss, ties=None, empty=False):
         "per_image": draw(st.booleans(), "per_image"),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"]), "reduction"),
     }
-    if loss is SOFTMAX:
+    if loss.channels > 1:
         subsets = st.lists(st.integers(0, channels - 1), min_size=1, unique=True)
         options["classes"] = draw(st.one_of(st.sampled_from(["all", "present"]), subsets), "classes")
     layout = draw(st.sampled_from(["contiguous", "channels last", "transposed", "strided"]), "layout")
@@ -166,7 +167,9 @@ class TestLovaszLaws(LovaszTester):
 
     @laws()
     def test_nan_is_never_lost(self, case, data):
-        case.options |= {"per_image": True, "reduction": "none", **({"classes": "all"} if case.loss is SOFTMAX else {})}
+        case.options |= {"per_image": True, "reduction": "none"}
+        if case.loss.channels > 1:
+            case.options["classes"] = "all"
         place = data.draw(st.integers(0, case.target.numel() - 1))
         valid = case.target.flatten()[place] != IGNORED
         pred = case.pred.clone()

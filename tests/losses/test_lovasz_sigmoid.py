@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lovasz import INF, RTOL, SIGMOID, LovaszTester, make_inputs, value_and_grad
 
 from kornia.losses import lovasz_sigmoid_loss, lovasz_softmax_loss
+
+from testing.lovasz import INF, RTOL, SIGMOID, LovaszTester, make_inputs, value_and_grad
 
 
 def of_two_logits(pred, target, **options):

@@ -7,10 +7,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from lovasz import GRAD_ATOL, INF, NAN, RTOL, SOFTMAX, LovaszTester, make_inputs, oracle, with_forms
 
 from kornia.core.exceptions import BaseError, TypeCheckError
 from kornia.losses import LovaszSoftmaxLoss, lovasz_softmax_loss
+
+from testing.lovasz import GRAD_ATOL, INF, NAN, RTOL, SOFTMAX, LovaszTester, make_inputs, oracle, with_forms
 
 
 class TestLovaszSoftmaxLoss(LovaszTester):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Callable
@@ -24,7 +25,9 @@ from kornia.losses import (
 from testing.base import BaseTester
 
 INF, NAN = float("inf"), float("nan")
-FORMS = ("derived", "dense", "cpu")
+# Where Triton's interpreter runs the fused kernels on the CPU, every test is of them.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FORMS = ("fused",) if INTERPRETED else ("derived", "dense", "cpu", *["fused"] * torch.cuda.is_available())
 # Rounding of a result whose inputs are exact: the computation itself is at least float32.
 RTOL = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-6, torch.float64: 1e-13}
 # Gradients of the softmax pass through differences of probabilities.
@@ -194,14 +197,15 @@ def force_form(monkeypatch, form: str, piece: int = 100) -> None:
 
     Args:
         monkeypatch: what undoes it.
-        form: "derived" by autograd from the dense form, "dense", or "cpu". Bins have no form of the CPU. With "usual",
-            nothing is changed.
+        form: "derived" by autograd from the dense form, "dense", "cpu", or "fused" by kernels where there are any. Bins
+            have no form of the CPU. With "usual", nothing is changed.
         piece: how many errors are handled at a time.
     """
     if form == "usual":
         return
     if form == "derived":
         monkeypatch.setattr("kornia.losses._lovasz_dispatch.is_eager", lambda tensor: False)
+    monkeypatch.setattr("kornia.losses._lovasz_dispatch._KERNELS", form == "fused")
     monkeypatch.setattr("kornia.losses._lovasz_dispatch._MIN_CPU", 1 if form == "cpu" else 1 << 60)
     monkeypatch.setattr("kornia.losses._lovasz_cpu._FEW", 0)
     monkeypatch.setattr("kornia.losses._lovasz_cpu._TINY", 0)
@@ -220,5 +224,7 @@ class LovaszTester(BaseTester):
 
 
 def with_forms(*forms):
-    """Run a test with these forms only."""
+    """Run a test with these forms only; what the dense form does, the fused form must do, too."""
+    if "dense" in forms:
+        forms = tuple(form for form in FORMS if form in (*forms, "fused"))
     return pytest.mark.parametrize("form", forms, indirect=True)

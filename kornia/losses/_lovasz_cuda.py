@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses on CUDA by fused kernels, exact or by bins: few passes over the logits, and no wait for the device.
+
+==================  =========================================================================================
+``num_bins=K``      the range of the errors, their counts, the weights of the bins, the loss; later the gradient
+exact               the errors written, sorted by PyTorch and ranked, the loss; later the gradient
+==================  =========================================================================================
+
+The gradient is computed in the backward pass, in the dtype of the logits, from the weights that the forward pass has
+kept: to hand it over and multiply it would take longer than to compute it. Logits of half precision and strided logits
+are read as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from ._lovasz_bins import _NARROWEST, _bits, _narrow_bins, _num_slots, check_agreement, range_of_all
+from ._lovasz_options import Options
+from ._lovasz_sort import _SLAB
+
+# The logits of a tile, as many as a program with eight warps can hold in registers.
+_TILE = 1 << 12
+# A card has up to 148 multiprocessors, and each is busy with a few programs only.
+_MIN_PROGRAMS = 1 << 9
+# More classes than that would not fit into a tile.
+_MAX_CLASSES = 1 << 11
+# Sorted pixels that a program ranks.
+_BLOCK = 1 << 11
+_INVERTED = 0x7FFFFFFF  # see _lovasz_kernels
+_LABELS = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.bfloat16, torch.float16, torch.float32, torch.float64),
+)
+
+
+class Ranking(NamedTuple):
+    """What the forward pass keeps for the gradient."""
+
+    weights: Tensor  # of slots (rows, 2, slots) or of places (rows, length), float32
+    totals: Tensor  # the foreground size of each row, int64
+    edges: Optional[Tensor] = None  # where the bins of each row begin, and how many there are in an error of 1
+    largest: Optional[Tensor] = None  # where the largest error of the background is
+
+
+def can_compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> bool:
+    """Whether the kernels are there for a device, and for these inputs. Where they are not, the dense form is."""
+    batch, num_classes, pixels = len(target), pred.shape[1], target[:1].numel()
+    rows, length = (batch * num_classes, pixels) if options.per_image else (num_classes, batch * pixels)
+    slots = 0 if options.num_bins is None else _num_slots(options.num_bins)
+    return (
+        pred.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and target.dtype in _LABELS
+        and options.dtype_of(pred, weight) == torch.float32
+        and num_classes <= _MAX_CLASSES
+        and 0 < length < 2**31 - 1
+        and rows * length > 0
+        # The dense form counts many small images in several parts.
+        and rows * 2 * slots <= 4 * rows * length + (1 << 24)
+        and _are_kernels_there(pred.device)
+        and (pred.dtype != torch.bfloat16 or pred.device.type == "cpu" or _capability(pred.device) >= (8, 0))
+    )
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _are_kernels_there(device: torch.device) -> bool:
+    """Whether kernels run on a device; warn, once, if they could be expected to."""
+    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
+        return False
+    reason = _why_not(device)
+    if reason is None:
+        return True
+    warnings.warn(f"the Lovász losses are computed without fused kernels on {device}: {reason}", stacklevel=2)
+    return False
+
+
+def _why_not(device: torch.device) -> Optional[str]:
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the kernels are compiled for NVIDIA cards only"
+    if device.type == "cuda" and _capability(device) < (7, 5):
+        return f"{torch.cuda.get_device_name(device)} has a compute capability below 7.5"
+    try:
+        # What is missing, such as Triton or a C compiler, shows when the first kernel is launched.
+        _edges(torch.zeros((2, 1), dtype=torch.int64, device=device), 1)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the dense form works
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def loss_and_ranking(
+    pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options
+) -> tuple[Tensor, Ranking]:
+    """Reduced loss of logits ``(B, C, H, W)``, float32, and what :func:`gradient` needs."""
+    tiles = _Tiles(pred, target, options)
+    rank = _ranked_by_sorting if options.num_bins is None else _ranked_by_bins
+    ranking = rank(tiles, options)
+    losses = torch.empty(tiles.programs, dtype=torch.float32, device=pred.device)
+    _apply(tiles, weight, options, ranking, losses=losses)
+    if options.reduction != "none":
+        return losses.sum(), ranking
+    return (losses.view(len(target), -1).sum(1) if options.per_image else losses.sum().view(1)), ranking
+
+
+def gradient(
+    pred: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    options: Options,
+    ranking: Ranking,
+    grad_loss: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient ``(B, C, N)`` of the loss of a ranking, times that of the reduced loss."""
+    tiles = _Tiles(pred, target, options)
+    result = torch.empty_like(tiles.logits, dtype=dtype)
+    _apply(tiles, weight, options, ranking, gradient=result, grad_loss=grad_loss)
+    return result
+
+
+class _Tiles:
+    """Logits and labels, and how they are divided among programs."""
+
+    def __init__(self, pred: Tensor, target: Tensor, options: Options) -> None:
+        batch, pixels = len(target), target[0].numel()
+        self.logits = pred.flatten(2).expand(batch, -1, -1)
+        self.labels = (target.view(torch.uint8) if target.dtype == torch.bool else target).flatten(1)
+        self.num_classes = self.logits.shape[1]
+        self.rows, self.length = batch * self.num_classes, pixels
+        if not options.per_image:
+            self.rows, self.length = self.num_classes, batch * pixels
+        block_c, block_n = _size_of_tile(batch, self.num_classes, pixels)
+        tiles = -(-pixels // block_n)
+        self.programs = batch * tiles
+        self.of_labels = {
+            "num_classes": self.num_classes,
+            "pixels": pixels,
+            "target_image": self.labels.stride(0),
+            "target_pixel": self.labels.stride(1),
+            "ignore": 0 if options.ignore_index is None else options.ignore_index,
+            "LOSS": options.loss,
+            "IGNORES": options.ignore_index is not None,
+            "PER_IMAGE": options.per_image,
+        }
+        extents = [sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:])) for x in (self.logits, self.labels)]
+        image, of_class, pixel = self.logits.stride()
+        self.arguments = {
+            **self.of_labels,
+            "pred": self.logits,
+            "target": self.labels,
+            "tiles": tiles,
+            "pred_image": image,
+            "pred_class": of_class,
+            "pred_pixel": pixel,
+            "WIDE": max(extents) + block_c * block_n >= 2**31,
+            "BLOCK_C": block_c,
+            "BLOCK_N": block_n,
+            "num_warps": max(1, min(16, block_c * block_n // 512)),
+        }
+
+
+def _size_of_tile(batch: int, num_classes: int, pixels: int) -> tuple[int, int]:
+    """Classes, all of them, and pixels of a tile, powers of 2.
+
+    At least four neighbouring pixels are read together. Small batches have smaller tiles, for more programs.
+    """
+    block_c = 1 << (num_classes - 1).bit_length()
+    block_n = max(_TILE // block_c, 4 if block_c > 1024 else 8)
+    while block_c * block_n > _TILE // 4 and block_n > 64 and batch * -(-pixels // block_n) < _MIN_PROGRAMS:
+        block_n //= 2
+    return block_c, block_n
+
+
+def _launch(name: str, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
+    from . import _lovasz_kernels
+
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        getattr(_lovasz_kernels, name)[(programs,)](*args, **kwargs)
+
+
+def _slots(num_bins: int) -> dict[str, int]:
+    first, within = _narrow_bins(num_bins)
+    return {"FIRST": first, "WITHIN": within, "LAST": _bits(num_bins + 2)}
+
+
+def _edges(ends: Tensor, num_bins: int) -> Tensor:
+    """Where the bins of each row begin and how many there are in an error of 1, float32 ``(2, rows)``."""
+    rows, block = ends.shape[1], 128
+    edges = torch.empty((2, rows), dtype=torch.float32, device=ends.device)
+    programs = -(-rows // block)
+    _launch(
+        "edges_kernel", programs, ends.device, *ends, edges, rows, num_bins, NARROWEST=_NARROWEST, BLOCK=block
+    )  # fmt: skip
+    return edges
+
+
+def _ranked_by_bins(tiles: _Tiles, options: Options) -> Ranking:
+    num_bins, group, device = options.num_bins or 1, options.process_group, tiles.logits.device
+    rows, slots = tiles.rows, _num_slots(num_bins)
+    # One piece of memory, so that one launch clears it. Counts of one process fit into 32 bits.
+    scratch = torch.zeros(rows * (2 + slots * (1 if group is None else 2)), dtype=torch.int64, device=device)
+    ends, counts = scratch[: 2 * rows].view(2, rows), scratch[2 * rows :]
+    if group is None:
+        counts = counts.view(torch.int32)
+    _launch("range_kernel", tiles.programs, device, *ends, **tiles.arguments)
+    largest = ends[1]
+    if group is not None:
+        smallest = (ends[0] ^ _INVERTED).to(torch.int32).view(torch.float32).unsqueeze(1)
+        largest_error = (ends[1] >> 32).to(torch.int32).view(torch.float32).unsqueeze(1)
+        check_agreement(smallest, options)
+        smallest, largest_error, is_owner = range_of_all(smallest, largest_error, group)
+        largest = largest.where(is_owner, 0)
+        ends = torch.stack([smallest.view(torch.int32) ^ _INVERTED, largest_error.view(torch.int32)]).squeeze(2).long()
+        ends[1] <<= 32
+    edges = _edges(ends, num_bins)
+    _launch("count_kernel", tiles.programs, device, edges, counts, rows, slots, **_slots(num_bins), **tiles.arguments)
+    if group is not None:
+        torch.distributed.all_reduce(counts, group=group)
+    weights = torch.empty((rows, 2, slots), dtype=torch.float32, device=device)
+    totals = torch.empty(rows, dtype=torch.int64, device=device)
+    block = 4096 if slots > 4096 else 1024
+    _launch("weights_kernel", rows, device, counts, weights, totals, SLOTS=slots, BLOCK=block, num_warps=4)
+    return Ranking(weights, totals, edges, largest)
+
+
+def _ranked_by_sorting(tiles: _Tiles, _: Options) -> Ranking:
+    device, length = tiles.logits.device, tiles.length
+    keys = torch.empty((tiles.rows, length), dtype=torch.float32, device=device)
+    _launch("keys_kernel", tiles.programs, device, keys, length, **tiles.arguments)
+    weights, totals = torch.empty_like(keys), torch.empty(tiles.rows, dtype=torch.int64, device=device)
+    blocks, step = -(-length // _BLOCK), max(1, _SLAB // length)
+    for first_row in range(0, tiles.rows, step):
+        order = keys[first_row : first_row + step].argsort(dim=1, descending=True, stable=True)
+        programs = len(order) * blocks
+        is_background = torch.empty(order.shape, dtype=torch.uint8, device=device)
+        backgrounds = torch.empty(programs, dtype=torch.int32, device=device)
+        shared = (first_row, length, blocks)
+        _launch(
+            "backgrounds_kernel", programs, device, order, is_background, backgrounds, *shared, tiles.labels,
+            **tiles.of_labels, BLOCK=_BLOCK,
+        )  # fmt: skip
+        _launch(
+            "ranks_kernel", programs, device, order, is_background, backgrounds, weights, totals, *shared,
+            BLOCK=_BLOCK, CHUNK=1024,
+        )  # fmt: skip
+    return Ranking(weights, totals)
+
+
+def _apply(
+    tiles: _Tiles,
+    weight: Optional[Tensor],
+    options: Options,
+    ranking: Ranking,
+    losses: Optional[Tensor] = None,
+    gradient: Optional[Tensor] = None,
+    grad_loss: Optional[Tensor] = None,
+) -> None:
+    """Write the loss of each tile, or the gradient."""
+    num_bins, weights = options.num_bins, ranking.weights
+    classes, num_classes = options.classes or "all", tiles.num_classes
+    is_list = not isinstance(classes, str)
+    gradient_image, gradient_class, gradient_pixel = (0, 0, 0) if gradient is None else gradient.stride()
+    is_one = grad_loss is None or grad_loss.ndim == 0 or not options.per_image
+    arguments = {
+        "rows": tiles.rows,
+        "slots": 0 if num_bins is None else weights.shape[2],
+        "length": tiles.length,
+        "losses": losses,
+        "gradient": gradient,
+        "gradient_image": gradient_image,
+        "gradient_class": gradient_class,
+        "gradient_pixel": gradient_pixel,
+        "grad_loss": grad_loss,
+        "grad_loss_image": 0 if is_one else grad_loss.stride(0),
+        "class_weights": weight,
+        "divisor": options.divisor(len(tiles.labels)),
+        "num_averaged": len(classes) if is_list else num_classes,
+        "BINS": num_bins is not None,
+        # A kernel cannot take a list: the bits of a number say which classes are averaged.
+        "AVERAGED": sum(1 << c for c in classes) if is_list else classes,
+        "NUM_CLASSES": num_classes if is_list else 1,
+        "WEIGHTED": weight is not None,
+        "GRADIENT": gradient is not None,
+        **_slots(num_bins or 1),
+        **tiles.arguments,
+    }
+    _launch("apply_kernel", tiles.programs, weights.device, *ranking, **arguments)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused kernels themselves: what they launch, read and write, and what they compile to.
+
+The other tests are theirs, too: with the form "fused" on a GPU, and with TRITON_INTERPRET=1 on the CPU.
+"""
+
+import contextlib
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kornia.losses import _lovasz_cuda
+from kornia.losses._lovasz_bins import _num_slots, _slots, _weights
+from kornia.losses._lovasz_options import Options
+
+from testing.base import BaseTester
+from testing.lovasz import HINGE, INTERPRETED, NAN, OPTIONS, SIGMOID, SOFTMAX, force_form, make_inputs, value_and_grad
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+PLACES = ["cpu"] if INTERPRETED else ["cuda"] if torch.cuda.is_available() else []
+LOSSES = {loss.name: loss for loss in (HINGE, SIGMOID, SOFTMAX)}
+EVERY = [(loss, options, bins) for loss in OPTIONS for options in OPTIONS[loss] for bins in (None, 64)]
+GUARD = 1 << 12
+
+
+class Guarded:
+    """PyTorch whose new tensors have memory before and after them that nobody may write, and garbage in them."""
+
+    def __init__(self) -> None:
+        self.whole = []
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *shape, dtype, device):
+        size = math.prod(shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape)
+        whole = torch.full((size + 2 * GUARD,), 77, dtype=torch.int8).to(device, dtype)
+        self.whole.append(whole)
+        return whole[GUARD : GUARD + size].view(*shape)
+
+    def empty_like(self, tensor, dtype=None):
+        return self.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+
+    def zeros(self, shape, dtype, device):
+        return self.empty(shape, dtype=dtype, device=device).zero_()
+
+    def is_intact(self):
+        return all((whole[:GUARD] == 77).all() and (whole[-GUARD:] == 77).all() for whole in self.whole)
+
+
+def amid_garbage(tensor, garbage):
+    """The same tensor in memory that has garbage before and after it."""
+    whole = torch.full((tensor.numel() + 2 * GUARD,), garbage, dtype=tensor.dtype, device=tensor.device)
+    result = whole[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+    return result.copy_(tensor)
+
+
+class Launches(TorchDispatchMode):
+    """Names of what would be launched on a GPU: kernels, and operations of PyTorch that are no views."""
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.names, launch = [], _lovasz_cuda._launch
+
+        def counted(name, *args, **kwargs):
+            self.names.append(name)
+            with torch.utils._python_dispatch._disable_current_modes():
+                launch(name, *args, **kwargs)
+
+        monkeypatch.setattr(_lovasz_cuda, "_launch", counted)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in ("empty", "empty_like", "promote_types"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+if PLACES:
+
+    @pytest.mark.parametrize("place", PLACES)
+    class TestKernels(BaseTester):
+        @pytest.fixture(autouse=True)
+        def fused(self, monkeypatch):
+            force_form(monkeypatch, "fused")
+
+        def test_feature_is_used(self, place):
+            assert _lovasz_cuda.can_compute(*make_inputs(SOFTMAX, place, torch.float16), None, Options("softmax"))
+
+        @pytest.mark.parametrize(("loss", "options", "bins"), EVERY)
+        def test_feature_stays_within_its_memory(self, loss, options, bins, place, monkeypatch):
+            shape = (3, 7, 11)
+            pred, target = make_inputs(loss, place, torch.float32, shape, ignored=options.get("ignore_index"))
+            options = {**options, "num_bins": bins}
+            expected = value_and_grad(loss, pred, target, **options)
+            guarded = Guarded()
+            monkeypatch.setattr(_lovasz_cuda, "torch", guarded)
+            leaf = amid_garbage(pred, NAN).requires_grad_()
+            value = loss(leaf, amid_garbage(target, 10**9), **options)
+            (grad,) = torch.autograd.grad(value.sum(), leaf)
+            self.assert_close((value.detach(), grad), expected, rtol=0.0, atol=0.0)
+            assert len(guarded.whole) >= 5
+            assert guarded.is_intact()
+
+        @pytest.mark.parametrize(("loss", "options", "bins"), EVERY)
+        def test_feature_launches(self, loss, options, bins, place, monkeypatch):
+            pred, target = make_inputs(loss, place, torch.float32, ignored=options.get("ignore_index"))
+            pred.requires_grad_()
+            loss(pred, target, num_bins=bins, **options)  # asks once whether kernels are there
+            with Launches(monkeypatch) as launches:
+                value = loss(pred, target, num_bins=bins, **options)
+                one = torch.ones_like(value)
+                launches.names.remove("ones_like")
+                torch.autograd.backward(value, one)
+            ranking = ["zeros", "range_kernel", "edges_kernel", "count_kernel", "weights_kernel"]
+            if bins is None:
+                ranking = ["keys_kernel", "sort", "backgrounds_kernel", "ranks_kernel"]
+            assert launches.names == [*ranking, "apply_kernel", "sum", "apply_kernel"]
+
+        @pytest.mark.parametrize("wrong", [-1, 4, 2**32, -(2**31)])
+        @pytest.mark.parametrize("name", LOSSES)
+        @pytest.mark.parametrize("bins", [None, 64])
+        def test_feature_wrong_label_gives_nan(self, name, wrong, bins, place):
+            loss, options = LOSSES[name], Options(name, num_bins=bins, classes="all" if name == "softmax" else None)
+            pred, target = make_inputs(loss, place, torch.float32)
+            target[1, 2, 3] = wrong
+            inputs = pred, target, None, options
+            value, ranking = _lovasz_cuda.loss_and_ranking(*inputs)
+            gradient = _lovasz_cuda.gradient(*inputs, ranking, torch.ones_like(value), pred.dtype)
+            assert value.isnan()
+            assert gradient.view(pred.shape)[1, :, 2, 3].isnan().all()
+            assert gradient.isnan().sum() == pred.shape[1]
+
+        @pytest.mark.parametrize("num_bins", [1, 2, 33, 1000, 1 << 16])
+        def test_feature_slots(self, num_bins, place):
+            errors = torch.cat([torch.logspace(-30, 0, 500), torch.linspace(0, 1.2, 4000), torch.tensor([NAN, -NAN])])
+            errors = errors.to(place)
+            for low, scale in ((0.0, num_bins + 0.5), (0.25, 2.0 * num_bins), (3.4e38, 2.0**100)):
+                slots = torch.empty(errors.shape, dtype=torch.int32, device=place)
+                slots_kernel[(1,)](
+                    errors, slots, low, scale, len(errors), **_lovasz_cuda._slots(num_bins), BLOCK=8192
+                )  # fmt: skip
+                expected = _slots((errors - low) * scale, num_bins)
+                assert torch.equal(slots, expected)
+
+        @pytest.mark.parametrize("num_bins", [1, 33, 1024, 5000])
+        def test_feature_weights_of_slots(self, num_bins, place):
+            slots = _num_slots(num_bins)
+            counts = torch.randint(0, 3, (4, 2, slots), dtype=torch.int32).to(place)
+            counts[0, 1] = 0
+            counts[1] *= 1 << 17
+            counts[2] = 0
+            weights, totals = torch.empty(counts.shape, device=place), torch.empty(4, dtype=torch.int64, device=place)
+            _lovasz_cuda._launch("weights_kernel", 4, weights.device, counts, weights, totals, SLOTS=slots, BLOCK=1024)
+            expected, total = _weights(counts.long(), torch.float32)
+            assert torch.equal(totals, total)
+            self.assert_close(weights, expected, rtol=3e-7, atol=0.0)
+
+    @triton.jit
+    def slots_kernel(
+        errors, slots, low, scale, count,
+        FIRST: tl.constexpr, WITHIN: tl.constexpr, LAST: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        i = tl.arange(0, BLOCK)
+        x = tl.load(errors + i, mask=i < count, other=0.0)
+        tl.store(slots + i, _slots_of(x, low, scale, FIRST, WITHIN, LAST), mask=i < count)
+
+    from kornia.losses._lovasz_kernels import _slots_of
+
+
+class Card:
+    """A card that is not there, for which Triton compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
+
+
+def usage_of(compiled) -> tuple[int, int]:
+    """Registers, and bytes spilt, of a compiled kernel, by the assembler that Triton brings along."""
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    assembler = next(folder / name for name in ("ptxas-blackwell", "ptxas") if (folder / name).exists())
+    command = [str(assembler), "-v", f"-arch={target}", "-o", "/dev/null", "-"]
+    said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr  # noqa: S603 - Triton's
+    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+if not INTERPRETED:
+
+    # What Triton knew before 3.6: up to Hopper, and two registers fewer.
+    IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+
+    class TestCompile:
+        @pytest.mark.parametrize("capability", [75, 80, 90] if IS_OLD else [75, 80, 90, 120])
+        @pytest.mark.parametrize(("name", "shape"), [
+            ("hinge", (4, 1, 512, 512)), ("sigmoid", (4, 1, 512, 512)), ("softmax", (2, 21, 512, 512)),
+            ("softmax", (2, 150, 256, 256)), ("softmax", (1, 1000, 64, 64)),
+        ])  # fmt: skip
+        def test_feature_without_spills(self, name, shape, capability, monkeypatch):
+            launched = []
+            monkeypatch.setattr(_lovasz_cuda, "_launch", lambda *args, **kwargs: launched.append((args, kwargs)))
+            half = torch.bfloat16 if capability >= 80 else torch.float16  # which older cards do not have
+            pred = torch.empty(shape, device="meta", dtype=half if name == "sigmoid" else torch.float32)
+            target = torch.empty((shape[0], *shape[2:]), device="meta", dtype=torch.int64)
+            for num_bins in (None, 1024):
+                classes = "present" if name == "softmax" else None
+                inputs = pred, target, None, Options(name, num_bins=num_bins, per_image=False, classes=classes)
+                loss, ranking = _lovasz_cuda.loss_and_ranking(*inputs)
+                _lovasz_cuda.gradient(*inputs, ranking, loss, pred.dtype)
+            from kornia.losses import _lovasz_kernels
+
+            names = set()
+            triton.runtime.driver.set_active(Card(capability))
+            try:
+                for (kernel, programs, _, *args), kwargs in launched:
+                    compiled = getattr(_lovasz_kernels, kernel).warmup(*args, grid=(programs,), **kwargs)
+                    registers, spilt = usage_of(compiled)
+                    assert spilt <= 8 * IS_OLD, f"{kernel}: {registers} registers, {spilt} bytes spilt"
+                    names.add(kernel)
+            finally:
+                with contextlib.suppress(RuntimeError):  # where there is no card to go back to
+                    triton.runtime.driver.reset_active()
+            assert len(names) == 8
