@@ -108,6 +108,70 @@ def table(runs: Runs, task: str, measure: str) -> list[list[str]]:
     return lines
 
 
+def steps_of_reference(runs: Runs, task: str, arm: str, budget: int, measure: str) -> np.ndarray:
+    """How many steps cross-entropy takes on each seed to the IoU that an arm has after a budget.
+
+    Between two budgets its IoU is taken to rise in proportion to the logarithm of the steps. Where the longest training
+    does not get there, the number is inf.
+    """
+    budgets = runs.budgets(task)
+    curves = np.stack([runs.iou(task, REFERENCE, each, measure) for each in budgets])
+    needed = []
+    for curve, target in zip(curves.T, runs.iou(task, arm, budget, measure), strict=True):
+        place = int(np.argmax(curve >= target))  # the first budget that is enough
+        if curve.max() < target:
+            needed.append(np.inf)
+        elif place == 0:  # the shortest training is enough: fewer steps were not tried
+            needed.append(budgets[0])
+        else:
+            between = slice(place - 1, place + 1)
+            needed.append(np.exp(np.interp(target, curve[between], np.log(budgets[between]))))
+    return np.array(needed)
+
+
+def ratio_of_steps(runs: Runs, task: str, arm: str, budget: int, measure: str) -> str:
+    """How many times as many steps cross-entropy takes: geometric mean and 95 % interval, paired by seed."""
+    ratios = steps_of_reference(runs, task, arm, budget, measure) / budget
+    if missed := int(np.isinf(ratios).sum()):
+        return f"not reached on {missed} of {len(ratios)} seeds"
+    interval = Interval.of(np.log(ratios))
+    low, high = np.exp([interval.mean - interval.half, interval.mean + interval.half])
+    return f"{np.exp(interval.mean):.1f} ({low:.1f} to {high:.1f})"
+
+
+def ratio_table(runs: Runs) -> list[list[str]]:
+    """A heading and a row for each mixture of each task."""
+    budgets = [300, 900, 2700]
+    lines = [["", *(f"after {budget:,} steps" for budget in budgets)]]
+    for task, measures in MEASURES.items():
+        title, measure = next(iter(measures.items()))
+        for arm in ("ce+lovasz", "ce+jaccard"):
+            cells = [ratio_of_steps(runs, task, arm, budget, measure) for budget in budgets]
+            lines.append([f"{NAMES[arm]}, {title}", *cells])
+    return lines
+
+
+def draw_curves(runs: Runs, path: Path) -> None:
+    """Test IoU against the number of steps, of cross-entropy and of the mixtures: each seed, and the mean."""
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(9, 3.8), layout="constrained")
+    for axis, (task, measures) in zip(axes, MEASURES.items(), strict=True):
+        title, measure = next(iter(measures.items()))
+        budgets = runs.budgets(task)
+        for arm, colour in (("ce", "#606060"), ("ce+jaccard", "#3182bd"), ("ce+lovasz", "#d94801")):
+            curves = np.stack([runs.iou(task, arm, budget, measure) for budget in budgets])
+            axis.plot(budgets, curves, color=colour, linewidth=0.7, alpha=0.35)
+            axis.plot(budgets, curves.mean(1), color=colour, linewidth=2.4, marker="o", label=NAMES[arm])
+        axis.set_xscale("log", base=3)
+        axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.set(xlabel="steps", ylabel="test IoU, %")
+        axis.grid(color="#e8e8e8")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=9, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def arms(task: str) -> list[str]:
     """The arms of a task in the order of the tables."""
     return [arm for arm in NAMES if arm in evidence.ARMS[task]]
@@ -212,10 +276,12 @@ def write_docs(folder: Path) -> None:
     for name, text in (
         ("evidence", "\n".join(tables)),
         ("rates", rates),
+        ("ratios", rest(ratio_table(runs), "Steps of cross-entropy, in multiples of those of the mixture")),
         ("setting", setting(runs) + ".\n"),
     ):
         (folder / f"{name}.rst").write_text(text, encoding="utf-8")
     draw(runs, folder / "evidence.png")
+    draw_curves(runs, folder / "curves.png")
 
 
 def main() -> None:
@@ -226,6 +292,7 @@ def main() -> None:
     _, _, after = rest_of_it.partition(MARKS[1])
     readme.write_text(before + readme_block(runs) + after, encoding="utf-8")
     draw(runs, ROOT / "results" / "evidence.png")
+    draw_curves(runs, ROOT / "results" / "curves.png")
 
 
 if __name__ == "__main__":

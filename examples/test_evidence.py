@@ -242,6 +242,32 @@ class TestBlueMarble:
             assert (blue - red)[labels[part] == 0].mean() < 0
 
 
+class TestSteps:
+    def runs(self, mixture):
+        """Cross-entropy gains 10 points from each budget to the next, on seed 1 five more; the mixture has one IoU."""
+        places = {budget: place for place, budget in enumerate(sorted(evidence.BUDGETS))}
+        records = whole(lambda arm, seed: 0.05 * (seed == 1) if arm == "ce" else mixture)
+        for record in records:
+            if record["arm"] == "ce":
+                for name in [name for name in record if name.startswith("test at")]:
+                    record[name] += 0.1 * places[record["budget"]]
+        return evidence_table.Runs(records)
+
+    def test_steps_of_cross_entropy(self):
+        found = evidence_table.steps_of_reference(self.runs(0.15), "lakes", "ce+lovasz", 900, "test at half")
+        halfway = (900 * 2700) ** 0.5
+        assert found == pytest.approx([halfway, 900.0, *[halfway] * 3])
+        found = evidence_table.steps_of_reference(self.runs(0.32), "lakes", "ce+lovasz", 900, "test at half")
+        assert np.isinf(found).tolist() == [True, False, True, True, True]
+
+    def test_ratio(self):
+        assert evidence_table.ratio_of_steps(self.runs(0.2), "lakes", "ce+lovasz", 900, "test at half").startswith(
+            "2.7 ("
+        )
+        said = evidence_table.ratio_of_steps(self.runs(0.32), "lakes", "ce+lovasz", 900, "test at half")
+        assert said == "not reached on 4 of 5 seeds"
+
+
 class TestCommitted:
     """The results in the repository and what is made of them."""
 
@@ -271,11 +297,10 @@ class TestCommitted:
         text = " ".join((evidence_table.ROOT.parent / page).read_text(encoding="utf-8").split())
         runs = evidence_table.read()
         if page == "README.md":
-            early, late = (
-                runs.iou("lakes", arm, budget, "test at best").mean()
-                for arm, budget in (("ce+lovasz", 900), ("ce", 2700))
-            )
-            assert f"{early:.1f} % IoU after 900 steps, where cross-entropy alone has {late:.1f} % after 2,700" in text
+            for task, measure in (("lakes", "test at best"), ("digits", "test at half")):
+                mean, _, interval = evidence_table.ratio_of_steps(runs, task, "ce+lovasz", 900, measure).partition(" ")
+                assert mean in text
+                assert interval.strip("()") in text
         measures = (("lakes", "test at best"), ("digits", "test at half"))
         for (task, measure), budget in itertools.product(measures, evidence.BUDGETS):
             assert str(runs.difference(task, "ce+lovasz", budget, measure)).removeprefix("+") in text
