@@ -48,7 +48,10 @@ class Options(NamedTuple):
         if not isinstance(self.per_image, bool):
             raise ValueError(f"per_image must be True or False. Got: {self.per_image!r}")
         if self.reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none'. Got: {self.reduction!r}")
+            # the type that other losses of Kornia raise
+            raise NotImplementedError(
+                f"Invalid reduction mode: reduction must be 'mean', 'sum' or 'none'. Got: {self.reduction!r}"
+            )
         if self.num_bins is not None and (bins is None or not 1 <= bins <= _MAX_BINS):
             raise ValueError(f"num_bins must be None or an integer in [1, {_MAX_BINS}]. Got: {self.num_bins!r}")
         if self.process_group is not None:

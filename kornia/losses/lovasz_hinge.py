@@ -13,6 +13,8 @@ from ._lovasz_options import LovaszModule, Options
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# The reference implementation: https://github.com/bermanmaxim/LovaszSoftmax
+
 
 def lovasz_hinge_loss(
     pred: Tensor,
@@ -42,6 +44,13 @@ def lovasz_hinge_loss(
     The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so without
     ``num_bins`` the gradient is exact to rounding at any image size.
 
+    Convention:
+        - ``pred`` holds logits and ``target`` labels, 1 for the foreground and 0 for the background. Pixels with the
+          label -100 do not count.
+        - The loss is the Lovász extension at the hinge errors, not ``1 - IoU``: logits of -1 and 1 give
+          ``2 * (1 - IoU)`` of their prediction, and right logits of at least 1 in size give 0.
+        - Each image is scored by itself, and the loss is the mean over the batch.
+
     Args:
         pred: logits :math:`(B, 1, H, W)`, not probabilities: the decision threshold is 0. float16 and bfloat16 are
             computed in float32, integers and bool as float32.
@@ -69,6 +78,7 @@ def lovasz_hinge_loss(
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
         ValueError: if the batch or image sizes or the devices differ, an option is out of range, or a label on the CPU
             is neither 0, 1 nor ``ignore_index``.
+        NotImplementedError: if ``reduction`` is unknown.
         RuntimeError: if another process of ``process_group`` is lost or does not answer in time.
 
     References:

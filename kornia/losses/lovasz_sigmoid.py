@@ -13,6 +13,8 @@ from ._lovasz_options import LovaszModule, Options
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# The reference implementation: https://github.com/bermanmaxim/LovaszSoftmax
+
 
 def lovasz_sigmoid_loss(
     pred: Tensor,
@@ -30,6 +32,12 @@ def lovasz_sigmoid_loss(
     :math:`e_i = p_i` elsewhere, where :math:`p_i` is the sigmoid of the logit. That is
     :func:`~kornia.losses.lovasz_softmax_loss` of the logits :math:`(0, z_i)` with ``classes=[1]``. Unlike an error of
     :func:`~kornia.losses.lovasz_hinge_loss`, one here is at most 1, so the weight of a single wrong label is bounded.
+
+    Convention:
+        - ``pred`` holds logits, not probabilities, and ``target`` labels, 1 for the foreground and 0 for the
+          background. Pixels with the label -100 do not count.
+        - The loss tends to ``1 - IoU`` of the prediction ``pred > 0`` as the logits grow.
+        - Each image is scored by itself, and the loss is the mean over the batch.
 
     Args:
         pred: logits :math:`(B, 1, H, W)`, not probabilities. float16 and bfloat16 are computed in float32, integers and
@@ -55,6 +63,7 @@ def lovasz_sigmoid_loss(
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
         ValueError: if the batch or image sizes or the devices differ, an option is out of range, or a label on the CPU
             is neither 0, 1 nor ``ignore_index``.
+        NotImplementedError: if ``reduction`` is unknown.
         RuntimeError: if another process of ``process_group`` is lost or does not answer in time.
 
     References:

@@ -16,6 +16,8 @@ from ._lovasz_options import LovaszModule, Options
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# The reference implementation: https://github.com/bermanmaxim/LovaszSoftmax
+
 
 def _check_weight(weight: Tensor, pred: Tensor) -> None:
     KORNIA_CHECK_IS_TENSOR(weight, "weight must be Tensor or None.")
@@ -68,6 +70,13 @@ def lovasz_softmax_loss(
     The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so without
     ``num_bins`` the gradient is exact to rounding at any image size.
 
+    Convention:
+        - ``pred`` holds logits, not probabilities, and ``target`` class indices. Pixels with the label -100 do not
+          count.
+        - The loss tends to the mean of ``1 - IoU`` over the classes as the logits grow. A class that neither occurs nor
+          is predicted has an IoU of 1.
+        - Each image is scored by itself, and the loss is the mean over the batch.
+
     Args:
         pred: logits :math:`(B, C, H, W)`, :math:`C > 1`, not probabilities. float16 and bfloat16 are computed in
             float32. A ``pred`` of one image is scored against every image of ``target``.
@@ -98,6 +107,7 @@ def lovasz_softmax_loss(
         ShapeError: if ``pred`` is not :math:`(B, C, H, W)` or ``target`` is not :math:`(B, H, W)`.
         ValueError: if ``pred`` has one class, the batch or image sizes or the devices differ, or an option is out of
             range, such as an index in ``classes`` that ``pred`` does not have.
+        NotImplementedError: if ``reduction`` is unknown.
         BaseError: if ``weight`` does not hold one value per class or is on another device.
         TypeCheckError: if ``weight`` is not a tensor.
         RuntimeError: if a label on the CPU is neither in :math:`[0, C)` nor ``ignore_index``, or if another process of

@@ -163,7 +163,7 @@ def _optimal_interval(pieces: list[Pixels]) -> tuple[float, float, Tensor]:
         pieces, skipped = _candidates(pieces)
     # Few pixels are left, and threads that share each operation would wait for each other.
     search = partial(_optimal_of, total=total, skipped=skipped)
-    return in_pieces(search, [pieces])[0] if total.device.type == "cpu" else search(pieces)
+    return in_pieces(search, [pieces])[0] if pieces[0][0].device.type == "cpu" else search(pieces)
 
 
 def _optimal_of(pieces: list[Pixels], total: Tensor, skipped: Optional[Tensor]) -> tuple[float, float, Tensor]:

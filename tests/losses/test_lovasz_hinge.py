@@ -15,6 +15,22 @@ from testing.lovasz import HINGE, INF, RTOL, LovaszTester, force_form, make_inpu
 
 
 class TestLovaszHingeLoss(LovaszTester):
+    def test_convention_signs_of_the_labels(self, device, dtype):
+        pred = torch.tensor([[[[1.0, 1.0, -1.0, -1.0]]]], device=device, dtype=dtype)
+        target = torch.tensor([[[1, 0, 1, 0]]], device=device)  # one of three is found: 1 - IoU is 2/3
+        self.assert_close(lovasz_hinge_loss(pred, target).item(), 4 / 3, rtol=RTOL[dtype], atol=0.0)
+        assert lovasz_hinge_loss(2.0 * (2.0 * target - 1.0).to(dtype).unsqueeze(1), target) == 0
+
+    def test_convention_minus_100_does_not_count(self, device, dtype):
+        pred = torch.tensor([[[[1.0, 1.0, -1.0]]]], device=device, dtype=dtype)
+        target = torch.tensor([[[1, 0, -100]]], device=device)
+        self.assert_close(lovasz_hinge_loss(pred, target).item(), 1.0, rtol=RTOL[dtype], atol=0.0)
+
+    def test_convention_mean_over_images(self, device, dtype):
+        pred = torch.ones(2, 1, 1, 2, device=device, dtype=dtype)
+        target = torch.tensor([[[1, 1]], [[1, 0]]], device=device)  # losses 0 and 1
+        self.assert_close(lovasz_hinge_loss(pred, target).item(), 0.5, rtol=RTOL[dtype], atol=0.0)
+
     def test_exception(self, device, dtype):
         pred, target = make_inputs(HINGE, device, dtype)
         with pytest.raises(ShapeError, match="Shape mismatch at dimension 1: expected 1, got 2"):

@@ -8,13 +8,14 @@ import contextlib
 import math
 import re
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kornia.losses import _lovasz_cuda
+from kornia.losses import _lovasz_cuda, _lovasz_dispatch
 from kornia.losses._lovasz_bins import _num_slots, _slots, _weights
 from kornia.losses._lovasz_options import Options
 
@@ -176,6 +177,54 @@ if PLACES:
     from kornia.losses._lovasz_kernels import _slots_of
 
 
+class TestWithoutKernels(BaseTester):
+    """Where something is missing, one warning says so, and the loss is what it is without kernels."""
+
+    @pytest.fixture(autouse=True)
+    def asked_for(self, monkeypatch):
+        monkeypatch.setattr(_lovasz_dispatch, "_KERNELS", True)
+        monkeypatch.setattr(_lovasz_cuda, "is_interpreted", lambda: True)
+        asked = _lovasz_cuda._are_kernels_there
+        asked.cache_clear()
+        yield
+        asked.cache_clear()
+
+    def test_feature_says_why(self, monkeypatch):
+        def launch(*args, **kwargs):
+            raise ModuleNotFoundError("No module named 'triton'")
+
+        monkeypatch.setattr(_lovasz_cuda, "_launch", launch)
+        pred, target = make_inputs(SOFTMAX, "cpu", torch.float32)
+        with pytest.warns(UserWarning, match="without fused kernels on cpu: ModuleNotFoundError: No module named"):
+            first = value_and_grad(SOFTMAX, pred, target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = value_and_grad(SOFTMAX, pred, target)
+        monkeypatch.setattr(_lovasz_dispatch, "_KERNELS", False)
+        self.assert_close((first, second), (value_and_grad(SOFTMAX, pred, target),) * 2, rtol=0.0, atol=0.0)
+
+    @pytest.mark.parametrize(
+        "wrong", ["float64 logits", "float64 weight", "unsigned labels", "classes", "tables", "no pixel"]
+    )
+    def test_feature_leaves_to_the_dense_form(self, wrong, monkeypatch):
+        monkeypatch.setattr(_lovasz_cuda, "_are_kernels_there", lambda device: True)
+        pred, target, weight, bins = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long), None, 64
+        assert _lovasz_cuda.can_compute(pred, target, weight, Options("softmax", num_bins=bins, classes="all"))
+        if wrong == "float64 logits":
+            pred = pred.double()
+        elif wrong == "float64 weight":
+            weight = torch.ones(3, dtype=torch.float64)
+        elif wrong == "unsigned labels":
+            target = target.to(torch.uint64)
+        elif wrong == "classes":
+            pred = torch.zeros(2, 2049, 4, 5)
+        elif wrong == "tables":  # larger by far than the images
+            pred, target, bins = torch.zeros(200, 3, 4, 5), torch.zeros(200, 4, 5, dtype=torch.long), 1 << 16
+        else:
+            pred, target = pred[:0], target[:0]
+        assert not _lovasz_cuda.can_compute(pred, target, weight, Options("softmax", num_bins=bins, classes="all"))
+
+
 class Card:
     """A card that is not there, for which Triton compiles."""
 
@@ -204,7 +253,6 @@ def usage_of(compiled) -> tuple[int, int]:
 
 
 if not INTERPRETED:
-
     # What Triton knew before 3.6: up to Hopper, and two registers fewer.
     IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 

@@ -17,6 +17,16 @@ def of_two_logits(pred, target, **options):
 
 
 class TestLovaszSigmoidLoss(LovaszTester):
+    def test_convention_tends_to_the_jaccard_loss(self, device, dtype):
+        pred = torch.tensor([[[[1.0, 1.0, -1.0, -1.0]]]], device=device, dtype=dtype)
+        target = torch.tensor([[[1, 0, 1, 0]]], device=device)
+        self.assert_close(lovasz_sigmoid_loss(50 * pred, target).item(), 2 / 3, rtol=RTOL[dtype], atol=0.0)
+
+    def test_convention_minus_100_does_not_count(self, device, dtype):
+        pred = torch.tensor([[[[50.0, 50.0, -50.0]]]], device=device, dtype=dtype)
+        target = torch.tensor([[[1, 0, -100]]], device=device)
+        self.assert_close(lovasz_sigmoid_loss(pred, target).item(), 0.5, rtol=RTOL[dtype], atol=0.0)
+
     @pytest.mark.parametrize(
         "options",
         [{}, {"per_image": False}, {"ignore_index": 255, "reduction": "sum"}, {"num_bins": 64, "reduction": "none"}],

@@ -15,6 +15,18 @@ from testing.lovasz import GRAD_ATOL, INF, NAN, RTOL, SOFTMAX, LovaszTester, mak
 
 
 class TestLovaszSoftmaxLoss(LovaszTester):
+    def test_convention_tends_to_the_jaccard_loss(self, device, dtype):
+        target = torch.tensor([[[0, 0, 1, 1]]], device=device)
+        predicted = torch.tensor([[[0, 1, 1, 1]]], device=device)  # IoU 1/2, 2/3, and 1 of the absent class
+        pred = 50 * torch.nn.functional.one_hot(predicted, 3).movedim(-1, 1).to(dtype)
+        self.assert_close(lovasz_softmax_loss(pred, target).item(), (1 / 2 + 1 / 3) / 3, rtol=RTOL[dtype], atol=0.0)
+
+    def test_convention_minus_100_does_not_count(self, device, dtype):
+        target = torch.tensor([[[0, -100, 1, 1]]], device=device)
+        predicted = torch.tensor([[[0, 1, 1, 1]]], device=device)
+        pred = 50 * torch.nn.functional.one_hot(predicted, 3).movedim(-1, 1).to(dtype)
+        assert lovasz_softmax_loss(pred, target) < 1e-3
+
     def test_exception(self, device, dtype):
         pred, target = make_inputs(SOFTMAX, device, dtype)
         with pytest.raises(ValueError, match="Invalid pred shape, we expect BxNxHxW, with N > 1"):
