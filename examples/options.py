@@ -1,11 +1,13 @@
 """The command line of segment.py."""
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from folder_data import IGNORE, Palette
 
 SIZE_STEP = 16  # the network halves the image four times
 # The ranking of the batch of several processes goes by bins, which can be counted and added up.
@@ -33,7 +35,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         default="both",
         help="what to train (default: both, one after the other); your own data needs one",
     )
-    add(parser, "--size", image_size, None, "side of the square images (default: 64; your own data is scaled to 128)")
+    add(parser, "--size", image_size, None, "side of the square images (default: 64; your own data: 128)")
     add(parser, "--out", Path, Path("demo-output"), "folder for the results, one below it for each task", "DIR")
     parser.add_argument("--restart", action="store_true", help="drop the interrupted run in --out and begin again")
 
@@ -50,6 +52,20 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         "masks, each named as its image up to the ending, with one channel of labels: 0 and 1, or 0 and 255, for "
         "binary; class indices for multiclass; a 255 beside other labels marks pixels to ignore",
         "DIR",
+    )
+    add(
+        own,
+        "--palette",
+        palette,
+        None,
+        "masks are in colours, and the first of these is class 0: a JSON file [[0, 0, 0], [255, 0, 0]] or, quoted, the "
+        "same as '0,0,0;255,0,0'",
+        "COLOURS",
+    )
+    own.add_argument(
+        "--tile",
+        action="store_true",
+        help="cut images into squares of --size pixels at their own resolution instead of scaling each to one square",
     )
     add(own, "--mask-suffix", str, "", "what the name of a mask has more than that of its image: _mask, say", "TEXT")
     add(own, "--num-classes", at_least(2), None, "classes of the masks (default: the largest label plus one)")
@@ -94,6 +110,12 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         parser.error("your own data needs --task binary or --task multiclass")
     if args.num_classes and not (args.images and args.task == "multiclass"):
         parser.error("--num-classes is for --task multiclass on your own data")
+    if (args.palette or args.tile) and not args.images:
+        parser.error("--palette and --tile are for your own data")
+    if args.palette and args.num_classes:
+        parser.error("--palette already says how many classes there are, so leave out --num-classes")
+    if args.palette and args.task == "binary" and len(args.palette) != 2:
+        parser.error(f"--palette has {len(args.palette)} colours, but --task binary has two classes")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if args.batch_size % processes:
         parser.error(f"--batch-size {args.batch_size} cannot be shared equally by {processes} processes")
@@ -129,6 +151,27 @@ def image_size(text: str) -> int:
     if size % SIZE_STEP:
         raise argparse.ArgumentTypeError(f"a multiple of {SIZE_STEP} is needed, not {text!r}")
     return size
+
+
+def palette(text: str) -> Palette:
+    """An argparse type for one colour per class."""
+    try:
+        if text.endswith(".json"):
+            colours = json.loads(Path(text).read_text(encoding="utf-8"))
+        else:
+            colours = [colour.split(",") for colour in text.split(";")]
+        colours = tuple(tuple(int(value) for value in colour) for colour in colours)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read") from error
+    except (TypeError, ValueError):
+        colours = ()
+    right = all(len(colour) == 3 and 0 <= min(colour) and max(colour) <= 255 for colour in colours)
+    if not right or not 2 <= len(set(colours)) == len(colours) <= IGNORE:
+        raise argparse.ArgumentTypeError(
+            f"2 to {IGNORE} different colours of three numbers from 0 to 255 are needed, such as "
+            f"'0,0,0;255,0,0', not {text!r}"
+        )
+    return colours
 
 
 def device(text: str) -> torch.device:

@@ -19,11 +19,23 @@ from rich.table import Table
 
 PAPER, IGNORED = "#ffffff", "#c8c8c8"
 FOUND, MISSED, WRONG = "#2f2f2f", "#f28e2b", "#d6278a"
-# The second and the third continue from the first, for as many steps each.
 STAGES = ("cross-entropy", "more cross-entropy", "Lovász")
 STAGE_COLOURS = ("#b0b0b0", "#606060", "#1f77b4")
 SHOWN = 6  # test images in the picture
 MAX_LEGEND = 24  # more classes than this are not told apart by colour anyway
+
+
+def stage_names(mix: float) -> tuple[str, str, str]:
+    """What each stage trains, if the last one gives cross-entropy the weight ``mix``.
+
+    The second and the third continue from the first, for as many steps each.
+    """
+    first, second, last = STAGES
+    if mix == 1:
+        last = second
+    elif mix > 0:
+        last = f"{first} + {last}"
+    return first, second, last
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Outcome:
     probabilities: torch.Tensor
     history: list[dict]
     stages: list[StageOutcome]
+    stage_names: tuple[str, ...] = STAGES
 
     @property
     def is_binary(self) -> bool:
@@ -57,7 +70,7 @@ class Outcome:
 def rows(outcome: Outcome) -> list[dict]:
     """The table as records: for every stage the IoU at both thresholds, or that of every class and their mean."""
     records = []
-    for name, stage in zip(STAGES, outcome.stages, strict=True):
+    for name, stage in zip(outcome.stage_names, outcome.stages, strict=True):
         if outcome.is_binary:
             half = int((outcome.probabilities - 0.5).abs().argmin())
             places = [(outcome.class_names[1], place) for place in (half, stage.chosen)]
@@ -86,9 +99,9 @@ def table(outcome: Outcome, images: int) -> Table:
             shown.add_row(record["after"], record["threshold"] + best, *numbers)
         return shown
     shown.add_column("class")
-    for name in STAGES:
+    for name in outcome.stage_names:
         shown.add_column(f"after {name}", justify="right")
-    classes = len(records) // len(STAGES)
+    classes = len(records) // len(outcome.stage_names)
     for of_class in zip(*(records[i : i + classes] for i in range(0, len(records), classes)), strict=True):
         if of_class[0]["class"] == "mean":
             shown.add_section()
@@ -117,7 +130,7 @@ def write(folder: Path, outcome: Outcome, test: Split) -> None:
 def draw_curves(path: Path, outcome: Outcome) -> None:
     """Loss and validation IoU over the steps: the first stage, and what either loss makes of it."""
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
-    for number, (name, colour) in enumerate(zip(STAGES, STAGE_COLOURS, strict=True), 1):
+    for number, (name, colour) in enumerate(zip(outcome.stage_names, STAGE_COLOURS, strict=True), 1):
         points = [record for record in outcome.history if record["stage"] == number]
         steps = [record["step"] for record in points]
         upper.plot(steps, [record["loss"] for record in points], color=colour, marker=".", label=name)
@@ -132,7 +145,7 @@ def draw_curves(path: Path, outcome: Outcome) -> None:
 def draw_thresholds(path: Path, outcome: Outcome) -> None:
     """IoU against the threshold, and the one that validation chose."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, colour, stage in list(zip(STAGES, STAGE_COLOURS, outcome.stages, strict=True))[1:]:
+    for name, colour, stage in list(zip(outcome.stage_names, STAGE_COLOURS, outcome.stages, strict=True))[1:]:
         for split, style in (("validation", "--"), ("test", "-")):
             axis.plot(outcome.probabilities, 100 * stage.iou[split], style, color=colour, label=f"{name}, {split}")
         chosen = outcome.probabilities[stage.chosen], 100 * stage.iou["test"][stage.chosen]
@@ -149,7 +162,8 @@ def draw_predictions(path: Path, outcome: Outcome, test: Split) -> None:
     images = test.images[:SHOWN].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     pictures = [("image", images), ("label", colour_classes(labels, outcome))]
     first, steps = (max(record["step"] for record in outcome.history if record["stage"] == i) for i in (1, 2))
-    names = (f"{steps} steps of\n{STAGES[0]}", f"{first} of {STAGES[0]},\n{steps - first} of {STAGES[2]}")
+    begun, _, last = outcome.stage_names
+    names = (f"{steps} steps of\n{begun}", f"{first} of {begun},\n{steps - first} of {last}")
     for name, stage in zip(names, outcome.stages[1:], strict=True):
         pixels = colour_errors(stage.classes, labels) if outcome.is_binary else colour_classes(stage.classes, outcome)
         iou = stage.iou["test"][stage.chosen] if outcome.is_binary else stage.iou["test"].nanmean()

@@ -5,8 +5,8 @@ compares equal numbers of steps.
 
 Without arguments it runs on cluttered scenes of real handwritten digits, twice: the digits with a loop against
 everything else (LovaszSigmoidLoss), and which digit each pixel belongs to (LovaszSoftmaxLoss). With --images and
---masks it runs on your own data. It can be interrupted: the same command goes on. Under torchrun, the processes share
-the work.
+--masks it runs on your own data, and predict.py applies the result to new images. It can be interrupted: the same
+command goes on. Under torchrun, the processes share the work.
 """
 
 import signal
@@ -19,6 +19,7 @@ import copy
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -404,12 +405,9 @@ def train(
                 "give the same options to go on with it, --restart to drop it, or another --out"
             )
         run.load_state_dict(state)
-    names = list(report.STAGES)
-    if args.mix:
-        names[-1] = f"{1 - args.mix:g} Lovász + {args.mix:g} cross-entropy"
     bars = [
         progress.add_task(f"{task.name}: {name}", start=False, total=stage.steps, completed=stage.done, note="")
-        for name, stage in zip(names, stages, strict=True)
+        for name, stage in zip(report.stage_names(args.mix), stages, strict=True)
     ]
     for number, loss in run.advance(args.validate_every):
         progress.start_task(bars[number])
@@ -431,7 +429,7 @@ def settings_of(args: argparse.Namespace, task: Task, data: dict[str, Split]) ->
     return settings | sizes | {"number of processes": str(processes())}
 
 
-def finish(run: Run, folder: Path) -> report.Outcome:
+def finish(run: Run, args: argparse.Namespace, folder: Path) -> report.Outcome:
     """Choose the threshold on validation data, test the best weights of each stage, and keep the last ones."""
     task, outcomes = run.task, []
     for best in run.best:
@@ -441,8 +439,12 @@ def finish(run: Run, folder: Path) -> report.Outcome:
         classes = task.decide(predict(run.model, run.data["test"].images[: report.SHOWN]), threshold)
         chosen = int((PROBABILITIES.logit() - threshold).abs().argmin()) if task.is_binary else None
         outcomes.append(report.StageOutcome({name: e.iou for name, e in evaluations.items()}, chosen, classes))
-    save(folder / "model.pt", {"weights": run.best[-1]["weights"], "threshold": threshold})
-    return report.Outcome(task.name, task.class_names, PROBABILITIES, run.history, outcomes)
+    channels, size = run.data["test"].images.shape[1:3]
+    about = {"task": task.name, "class_names": task.class_names, "channels": channels, "size": size}
+    about |= {"tile": args.tile, "palette": args.palette}
+    save(folder / "model.pt", {"weights": run.best[-1]["weights"], "threshold": threshold} | about)
+    names = report.stage_names(args.mix)
+    return report.Outcome(task.name, task.class_names, PROBABILITIES, run.history, outcomes, names)
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[Task, dict[str, Split]]]:
@@ -456,6 +458,8 @@ def jobs(args: argparse.Namespace) -> list[tuple[Task, dict[str, Split]]]:
             num_classes=args.num_classes,
             mask_suffix=args.mask_suffix,
             seed=args.seed,
+            palette=args.palette or (),
+            tile=args.tile,
         )
         names = (
             ("background", "foreground") if args.task == "binary" else tuple(f"class {i}" for i in range(num_classes))
@@ -470,6 +474,8 @@ def jobs(args: argparse.Namespace) -> list[tuple[Task, dict[str, Split]]]:
 def main(argv: list[str] | None = None) -> None:
     """Run the tasks, print their tables, write everything else into a folder."""
     args = parse_args(__doc__, argv)
+    # The grid of thresholds is fixed, and a network that has hardly begun to learn is often best at an end of it.
+    warnings.filterwarnings("ignore", "the best IoU is at the")
     with process_group(args.device):
         console = Console(quiet=rank() > 0)
         columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn())
@@ -481,13 +487,13 @@ def main(argv: list[str] | None = None) -> None:
                     folder.mkdir(parents=True, exist_ok=True)
                     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
                         run = train(task, data, args, folder, progress, interruption)
-                    outcome = finish(run, folder)
+                    outcome = finish(run, args, folder)
                     if rank() == 0:
                         report.write(folder, outcome, data["test"])
                         (folder / "settings.json").write_text(
                             json.dumps(settings_of(args, task, data), indent=2) + "\n"
                         )
-                    images = len(data["test"].images)
+                    images = data["test"].files or len(data["test"].images)
                     console.print(report.table(outcome, images))
                     if images < FEW:
                         console.print(f"Only {images} test images: differences between these numbers mean little.")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from folder_data import DataError, read_folder
+from folder_data import DataError, read_folder, stitch, to_squares
 from PIL import Image
 
 
@@ -80,6 +80,51 @@ class TestReading:
         assert read(folder, mask_suffix="_mask").stems == ("a", "b", "c")
 
 
+class TestColours:
+    PALETTE = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
+
+    @pytest.mark.parametrize("channels", [3, 4])
+    def test_colours_become_the_classes_of_the_palette(self, folder, channels):
+        pixels = np.zeros((4, 6, channels), np.uint8)
+        pixels[:2, :, 2] = 255
+        for stem in "abc":
+            save(folder / "masks" / f"{stem}.png", pixels)
+        data = read(folder, binary=False, palette=self.PALETTE)
+        assert data.num_classes == 3
+        assert torch.equal(data.labels[0], torch.tensor([2, 2, 0, 0]).view(4, 1).expand(4, 4))
+
+    def test_a_palette_image_counts_by_its_colours(self, folder):
+        for stem in "abc":
+            mask = Image.fromarray(np.tile(np.uint8([[0, 0, 0, 1, 1, 1]]), (4, 1)))
+            mask.putpalette([255, 0, 0, 0, 0, 0])
+            mask.save(folder / "masks" / f"{stem}.png")
+        assert read(folder, palette=self.PALETTE[:2]).labels[0, 0].tolist() == [1, 1, 0, 0]
+
+
+class TestTiles:
+    def test_a_pair_is_cut_and_padded(self, folder):
+        data = read(folder, tile=True)
+        assert data.sources.tolist() == [0, 0, 1, 1, 2, 2]
+        assert data.labels[0].unique(dim=0).tolist() == [[0, 0, 0, 1]]
+        assert data.labels[1].unique(dim=0).tolist() == [[1, 1, 255, 255]]
+        assert torch.allclose(data.images[5, :, :, :2], torch.tensor(0.4))
+        assert not data.images[5, :, :, 2:].any()
+
+    def test_tiles_that_are_ignored_are_left_out(self, folder):
+        mask = np.full((4, 6), 255, np.uint8)
+        mask[:, 5] = 1
+        save(folder / "masks" / "b.png", mask)
+        data = read(folder, tile=True)
+        assert data.sources.tolist() == [0, 0, 1, 2, 2]
+        assert data.labels[2, 0].tolist() == [255, 1, 255, 255]
+        assert data.images[2, 0, 0].tolist() == pytest.approx([0.2, 0.2, 0, 0])
+
+    @pytest.mark.parametrize("shape", [(7, 9), (8, 4), (3, 2)])
+    def test_stitching_undoes_cutting(self, shape):
+        pixels = np.arange(shape[0] * shape[1]).reshape(shape)
+        assert np.array_equal(stitch(to_squares(pixels, 4, tile=True, smooth=False), *shape), pixels)
+
+
 class TestLabels:
     def test_255_is_foreground_where_no_mask_holds_1(self, folder):
         masks(folder, 0, 255, 255)
@@ -98,6 +143,18 @@ class TestLabels:
 
     def test_number_of_classes_is_taken(self, folder):
         assert read(folder, binary=False, num_classes=9).num_classes == 9
+
+    def test_many_classes_without_a_pixel_are_fine_if_asked_for(self, folder):
+        masks(folder, 100, 200, 200)
+        assert read(folder, binary=False, num_classes=201).num_classes == 201
+
+    def test_a_jpeg_of_black_and_white_is_fine_as_long_as_it_is(self, folder):
+        (folder / "masks" / "a.png").unlink()
+        save(folder / "masks" / "a.jpg", np.full((4, 6), 255, np.uint8))
+        masks_of_others = np.repeat(np.uint8([[0] * 6, [255] * 6]), 2, axis=0)
+        for stem in "bc":
+            save(folder / "masks" / f"{stem}.png", masks_of_others)
+        assert read(folder).labels[0].unique().tolist() == [1]
 
 
 class TestErrors:
@@ -148,7 +205,42 @@ class TestErrors:
 
     def test_colour_mask(self, folder):
         save(folder / "masks" / "b.png", np.zeros((4, 6, 3), np.uint8))
-        self.fails(folder, folder / "masks" / "b.png", "RGB", "one channel")
+        self.fails(folder, folder / "masks" / "b.png", "RGB", "one channel", "--palette")
+
+    def test_colour_that_is_not_in_the_palette(self, folder):
+        pixels = np.zeros((4, 6, 3), np.uint8)
+        save(folder / "masks" / "a.png", pixels)
+        save(folder / "masks" / "b.png", pixels + np.uint8([0, 7, 9]))
+        palette = ((0, 0, 0), (1, 1, 1))
+        self.fails(folder, folder / "masks" / "b.png", "colour 0,7,9", "--palette", palette=palette)
+
+    @pytest.mark.parametrize("options", [{}, {"binary": False}, {"palette": ((0, 0, 0), (255, 0, 0))}])
+    def test_a_jpeg_that_has_blurred_its_labels(self, folder, options):
+        mask = np.zeros((4, 6), np.uint8)
+        mask[1:3, 2:5] = 255 if options == {} else 9
+        (folder / "masks" / "b.png").unlink()
+        for stem in "ac" if "palette" in options else "":
+            save(folder / "masks" / f"{stem}.png", np.zeros((4, 6, 3), np.uint8))
+        save(folder / "masks" / "b.jpg", mask)
+        self.fails(folder, folder / "masks" / "b.jpg", "JPEG blurs labels", "save masks as PNG", **options)
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+    def test_grey_values_instead_of_classes(self, folder, dtype):
+        for stem, value in zip("abc", (100, 200, 100)):
+            save(folder / "masks" / f"{stem}.png", np.repeat(np.array([[0] * 6, [value] * 6], dtype), 2, axis=0))
+        self.fails(
+            folder, folder / "masks", "labels 0, 100, 200", "201 classes", "renumber", "--num-classes 201", binary=False
+        )
+
+    def test_wrong_labels_and_wrong_sizes_are_told_together(self, folder):
+        masks(folder, 1, 7, 100)
+        save(folder / "masks" / "a.png", np.ones((6, 4), np.uint8))
+        self.fails(folder, "a.png: the mask is 4x6", "b.png: the mask holds the label 7", "c.png: ", lines=3)
+        self.fails(folder, "labels 0, 1, 7, 100", "a.png: the mask is 4x6", lines=2, binary=False)
+
+    def test_a_mask_of_wrong_size_and_type_has_both_told(self, folder):
+        save(folder / "masks" / "b.png", np.zeros((6, 4, 3), np.uint8))
+        self.fails(folder, "b.png: the mask is 4x6", "b.png: the mask has the pixel type RGB", lines=2)
 
     def test_binary_label_out_of_range(self, folder):
         masks(folder, 1, 2, 1)
@@ -176,7 +268,7 @@ class TestErrors:
     def test_of_many_broken_files_the_first_are_named(self, folder):
         for index in range(30):
             save(folder / "images" / f"{index:02}.png", np.zeros((4, 6, 3), np.uint8))
-        self.fails(folder, folder / "images" / "09.png", "and 20 more files", lines=11)
+        self.fails(folder, folder / "images" / "09.png", "and 20 more faults", lines=11)
 
     def test_nothing_but_ignored_foreground(self, folder):
         masks(folder, 255, 255, 255)

@@ -19,6 +19,7 @@ from PIL import Image
 from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 
 TINY = ["--size", "32", "--scenes", "8", "--steps", "4", "--lovasz-steps", "3", "--batch-size", "2", "--device", "cpu"]
+OWN = ["--images", "a", "--masks", "b", "--task"]
 BINARY = segment.Task("binary", ("rest", "ink"))
 THREE = segment.Task("multiclass", ("a", "b", "c"))
 
@@ -359,6 +360,38 @@ class TestScenes:
                 assert min(pixels.shape[:2]) > 300
                 assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
+    @pytest.mark.parametrize("task", ["binary", "multiclass"])
+    def test_every_heading_says_what_was_trained(self, task, tmp_path, monkeypatch, capsys):
+        labels = []
+        draw = report.finish
+
+        def spy(figure, path):
+            axes = figure.axes
+            labels.extend(text for axis in axes for text in axis.get_legend_handles_labels()[1])
+            labels.extend(axis.get_ylabel() for axis in axes if "IoU" in axis.get_ylabel())
+            draw(figure, path)
+
+        monkeypatch.setattr(report, "finish", spy)
+        monkeypatch.setenv("COLUMNS", "120")
+        text = run(capsys, "--task", task, "--out", tmp_path, "--mix", 0.5)
+        after = {record["after"] for record in records(tmp_path / task / "results.csv")}
+        mixture = "cross-entropy + Lovász"
+        assert after == {"cross-entropy", "more cross-entropy", mixture}
+        said = [*labels, *text.splitlines()]
+        assert sum(mixture in each for each in said) >= 3
+        assert not [each for each in said if "Lovász" in each.replace(mixture, "")]
+
+    @pytest.mark.parametrize(
+        ("mix", "last"), [(0, "Lovász"), (0.3, "cross-entropy + Lovász"), (1, "more cross-entropy")]
+    )
+    def test_names_of_stages(self, mix, last):
+        assert report.stage_names(mix) == ("cross-entropy", "more cross-entropy", last)
+
+    def test_the_progress_is_not_interspersed_with_warnings(self, tmp_path, monkeypatch, recwarn, capsys):
+        monkeypatch.setattr(segment, "PROBABILITIES", torch.tensor([0.998, 0.999], dtype=torch.float64))
+        run(capsys, "--task", "binary", "--out", tmp_path)
+        assert not [warning for warning in recwarn if "thresholds" in str(warning.message)]
+
     def test_same_seed_same_numbers(self, tmp_path, capsys):
         found = []
         for place, seed in enumerate((3, 3, 4)):
@@ -394,6 +427,41 @@ class TestFolder:
         run(capsys, *own, "--out", tmp_path / "out")
         results = records(tmp_path / "out" / "multiclass" / "results.csv")
         assert [record["class"] for record in results] == ["class 0", "class 1", "class 2", "class 3", "mean"] * 3
+
+    def test_tiles(self, folder, tmp_path, capsys):
+        own = ["--images", folder / "images", "--masks", folder / "masks", "--task", "binary", "--tile"]
+        assert "IoU on 1 test images" in run(capsys, *own, "--out", tmp_path / "out")
+        kept = torch.load(tmp_path / "out" / "binary" / "model.pt")
+        assert (kept["tile"], kept["size"]) == (True, 32)
+
+    def test_tiles_of_one_image_are_in_one_split(self, folder):
+        for index in range(5):
+            Image.fromarray(np.full((40, 48), 50 * index, np.uint8)).save(folder / "images" / f"{index}.png")
+        splits, _ = data.folder_splits(
+            folder / "images",
+            folder / "masks",
+            size=16,
+            binary=True,
+            num_classes=None,
+            mask_suffix="",
+            seed=0,
+            tile=True,
+        )
+        shades = {name: set(split.images.amax((1, 2, 3)).tolist()) for name, split in splits.items()}
+        assert [len(of_split) for of_split in shades.values()] == [3, 1, 1]
+        assert len(set.union(*shades.values())) == 5
+        assert [len(split.images) for split in splits.values()] == [27, 9, 9]
+        assert [split.files for split in splits.values()] == [3, 1, 1]
+
+    def test_colour_masks(self, folder, tmp_path, capsys):
+        for path in (folder / "masks").iterdir():
+            Image.fromarray(np.asarray(Image.open(path))[..., None] * np.uint8([9, 0, 200])).save(path)
+        colours = tmp_path / "colours.json"
+        colours.write_text("[[0, 0, 0], [9, 0, 200]]")
+        own = ["--images", folder / "images", "--masks", folder / "masks", "--task", "multiclass"]
+        run(capsys, *own, "--palette", colours, "--out", tmp_path / "out")
+        results = records(tmp_path / "out" / "multiclass" / "results.csv")
+        assert [record["class"] for record in results] == ["class 0", "class 1", "mean"] * 3
 
     def test_splits_share_no_image(self, folder):
         splits, _ = data.folder_splits(
@@ -436,6 +504,16 @@ class TestErrors:
             (["--images", "a"], "--images and --masks"),
             (["--images", "a", "--masks", "b"], "--task binary or --task multiclass"),
             (["--num-classes", "3"], "--num-classes"),
+            (["--tile"], "your own data"),
+            (["--palette", "0,0,0;1,1,1"], "your own data"),
+            ([*OWN, "multiclass", "--palette", "0,0,0;1,1,1", "--num-classes", "2"], "leave out --num-classes"),
+            ([*OWN, "binary", "--palette", "0,0,0;1,1,1;2,2,2"], "3 colours, but --task binary has two"),
+            (["--palette", "no.json"], "no.json cannot be read"),
+            (["--palette", "0,0,0"], "2 to 255 different colours"),
+            (["--palette", "0,0,0;0,0,0"], "2 to 255 different colours"),
+            (["--palette", "0,0,0;0,0,256"], "from 0 to 255"),
+            (["--palette", "0,0,0;1,1"], "three numbers"),
+            (["--palette", "red;blue"], "such as '0,0,0;255,0,0'"),
             (["--size", "40"], "multiple of 16"),
             (["--size", "16"], "at least 32"),
             (["--steps", "0"], "at least 1"),

@@ -5,6 +5,9 @@ Cross-entropy first, Lovász second, the best threshold last
 Train a small network to find the ink of digits among scribbles that are not digits, for a high intersection over union
 (IoU). Three steps: cross-entropy, which learns well from scratch; the Lovász hinge loss on the raw logits, which trains
 the IoU itself; and the threshold with the best IoU on validation data. Beside it, as many steps of cross-entropy alone.
+
+The scenes come from the folder ``examples`` of the repository: to run this file, clone it, install what is needed by
+``pip install . --group examples``, and start ``PYTHONPATH=examples python docs/gallery/plot_recipe.py`` there.
 """
 
 # %%
