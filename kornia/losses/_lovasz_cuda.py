@@ -16,14 +16,17 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+from . import _lovasz_sort
 from ._lovasz_bins import _NARROWEST, _bits, _narrow_bins, _num_slots, check_agreement, range_of_all
 from ._lovasz_options import Options
-from ._lovasz_sort import _SLAB
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # The logits of a tile, as many as a program with eight warps can hold in registers.
 _TILE = 1 << 12
@@ -46,7 +49,7 @@ class Ranking(NamedTuple):
     weights: Tensor  # of slots (rows, 2, slots) or of places (rows, length), float32
     totals: Tensor  # the foreground size of each row, int64
     edges: Optional[Tensor] = None  # where the bins of each row begin, and how many there are in an error of 1
-    largest: Optional[Tensor] = None  # where the largest error of the background is
+    places: Optional[Tensor] = None  # where the largest error of the background of each row is, int32
 
 
 def can_compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> bool:
@@ -78,16 +81,22 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
 def _are_kernels_there(device: torch.device) -> bool:
     """Whether kernels run on a device; warn, once, if they could be expected to."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and device not in _asked:
+        return False  # a graph cannot hold the question: the steps that warm it up ask it
     if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
         return False
-    reason = _why_not(device)
-    if reason is None:
-        return True
-    warnings.warn(f"the Lovász losses are computed without fused kernels on {device}: {reason}", stacklevel=2)
-    return False
+    if device not in _asked:
+        _asked[device] = _why_not(device)
+        if _asked[device] is not None:
+            message = f"the Lovász losses are computed without fused kernels on {device}: {_asked[device]}"
+            warnings.warn(message, stacklevel=2)
+    return _asked[device] is None
+
+
+# Of each device, why it has no kernels: None if it has.
+_asked: dict[torch.device, Optional[str]] = {}
 
 
 def _why_not(device: torch.device) -> Optional[str]:
@@ -97,7 +106,9 @@ def _why_not(device: torch.device) -> Optional[str]:
         return f"{torch.cuda.get_device_name(device)} has a compute capability below 7.5"
     try:
         # What is missing, such as Triton or a C compiler, shows when the first kernel is launched.
-        _edges(torch.zeros((2, 1), dtype=torch.int64, device=device), 1)
+        _edges([torch.zeros(1, dtype=torch.int64, device=device)] * 3, 1)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever it is, the dense form works
         return f"{type(error).__name__}: {error}"
     return None
@@ -138,7 +149,8 @@ class _Tiles:
 
     def __init__(self, pred: Tensor, target: Tensor, options: Options) -> None:
         batch, pixels = len(target), target[0].numel()
-        self.logits = pred.flatten(2).expand(batch, -1, -1)
+        # A kernel sees memory alone, not the sign that PyTorch keeps beside the imaginary part of a conjugate.
+        self.logits = pred.resolve_neg().flatten(2).expand(batch, -1, -1)
         self.labels = (target.view(torch.uint8) if target.dtype == torch.bool else target).flatten(1)
         self.num_classes = self.logits.shape[1]
         self.rows, self.length = batch * self.num_classes, pixels
@@ -167,7 +179,7 @@ class _Tiles:
             "pred_image": image,
             "pred_class": of_class,
             "pred_pixel": pixel,
-            "WIDE": max(extents) + block_c * block_n >= 2**31,
+            "WIDE": max(*extents, self.num_classes * pixels) + block_c * block_n >= 2**31,
             "BLOCK_C": block_c,
             "BLOCK_N": block_n,
             "num_warps": max(1, min(16, block_c * block_n // 512)),
@@ -198,15 +210,28 @@ def _slots(num_bins: int) -> dict[str, int]:
     return {"FIRST": first, "WITHIN": within, "LAST": _bits(num_bins + 2)}
 
 
-def _edges(ends: Tensor, num_bins: int) -> Tensor:
-    """Where the bins of each row begin and how many there are in an error of 1, float32 ``(2, rows)``."""
-    rows, block = ends.shape[1], 128
-    edges = torch.empty((2, rows), dtype=torch.float32, device=ends.device)
-    programs = -(-rows // block)
-    _launch(
-        "edges_kernel", programs, ends.device, *ends, edges, rows, num_bins, NARROWEST=_NARROWEST, BLOCK=block
-    )  # fmt: skip
-    return edges
+def _edges(ends: Sequence[Tensor], num_bins: int) -> tuple[Tensor, Tensor]:
+    """Where the bins of each row begin and how many there are in an error of 1, and where the largest error is.
+
+    ``ends``, three tensors int64 ``(rows,)``, are the range of the errors as ``range_kernel`` writes it, and the
+    largest again where it is in this process.
+    """
+    rows, block, device = len(ends[0]), 128, ends[0].device
+    edges = torch.empty((2, rows), dtype=torch.float32, device=device)
+    places = torch.empty(rows, dtype=torch.int32, device=device)
+    shared = {"NARROWEST": _NARROWEST, "BLOCK": block}
+    _launch("edges_kernel", -(-rows // block), device, *ends, edges, places, rows, num_bins, **shared)
+    return edges, places
+
+
+def _ends_of_all(ends: Tensor, options: Options, group: ProcessGroup) -> tuple[Tensor, ...]:
+    """The range of the errors ``(2, rows)`` over all processes, and the largest where it is in this one."""
+    smallest = (ends[0] ^ _INVERTED).to(torch.int32).view(torch.float32).unsqueeze(1)
+    largest = (ends[1] >> 32).to(torch.int32).view(torch.float32).unsqueeze(1)
+    check_agreement(smallest, options)
+    smallest, largest, is_owner = range_of_all(smallest, largest, group)
+    first, last = (end.squeeze(1).view(torch.int32).long() for end in (smallest, largest))
+    return first ^ _INVERTED, last << 32, ends[1].where(is_owner, 0)
 
 
 def _ranked_by_bins(tiles: _Tiles, options: Options) -> Ranking:
@@ -218,24 +243,15 @@ def _ranked_by_bins(tiles: _Tiles, options: Options) -> Ranking:
     if group is None:
         counts = counts.view(torch.int32)
     _launch("range_kernel", tiles.programs, device, *ends, **tiles.arguments)
-    largest = ends[1]
-    if group is not None:
-        smallest = (ends[0] ^ _INVERTED).to(torch.int32).view(torch.float32).unsqueeze(1)
-        largest_error = (ends[1] >> 32).to(torch.int32).view(torch.float32).unsqueeze(1)
-        check_agreement(smallest, options)
-        smallest, largest_error, is_owner = range_of_all(smallest, largest_error, group)
-        largest = largest.where(is_owner, 0)
-        ends = torch.stack([smallest.view(torch.int32) ^ _INVERTED, largest_error.view(torch.int32)]).squeeze(2).long()
-        ends[1] <<= 32
-    edges = _edges(ends, num_bins)
+    ends = (*ends, ends[1]) if group is None else _ends_of_all(ends, options, group)
+    edges, places = _edges(ends, num_bins)
     _launch("count_kernel", tiles.programs, device, edges, counts, rows, slots, **_slots(num_bins), **tiles.arguments)
     if group is not None:
         torch.distributed.all_reduce(counts, group=group)
     weights = torch.empty((rows, 2, slots), dtype=torch.float32, device=device)
     totals = torch.empty(rows, dtype=torch.int64, device=device)
-    block = 4096 if slots > 4096 else 1024
-    _launch("weights_kernel", rows, device, counts, weights, totals, SLOTS=slots, BLOCK=block, num_warps=4)
-    return Ranking(weights, totals, edges, largest)
+    _launch("weights_kernel", rows, device, counts, weights, totals, SLOTS=slots, BLOCK=1024, num_warps=4)
+    return Ranking(weights, totals, edges, places)
 
 
 def _ranked_by_sorting(tiles: _Tiles, _: Options) -> Ranking:
@@ -243,7 +259,7 @@ def _ranked_by_sorting(tiles: _Tiles, _: Options) -> Ranking:
     keys = torch.empty((tiles.rows, length), dtype=torch.float32, device=device)
     _launch("keys_kernel", tiles.programs, device, keys, length, **tiles.arguments)
     weights, totals = torch.empty_like(keys), torch.empty(tiles.rows, dtype=torch.int64, device=device)
-    blocks, step = -(-length // _BLOCK), max(1, _SLAB // length)
+    blocks, step = -(-length // _BLOCK), max(1, _lovasz_sort._SLAB // length)
     for first_row in range(0, tiles.rows, step):
         order = keys[first_row : first_row + step].argsort(dim=1, descending=True, stable=True)
         programs = len(order) * blocks
@@ -254,10 +270,9 @@ def _ranked_by_sorting(tiles: _Tiles, _: Options) -> Ranking:
             "backgrounds_kernel", programs, device, order, is_background, backgrounds, *shared, tiles.labels,
             **tiles.of_labels, BLOCK=_BLOCK,
         )  # fmt: skip
-        _launch(
-            "ranks_kernel", programs, device, order, is_background, backgrounds, weights, totals, *shared,
-            BLOCK=_BLOCK, CHUNK=1024,
-        )  # fmt: skip
+        backgrounds = backgrounds.view(-1, blocks).cumsum(1, dtype=torch.int32)
+        ranked = (order, is_background, backgrounds, weights, totals)
+        _launch("ranks_kernel", programs, device, *ranked, *shared, BLOCK=_BLOCK)
     return Ranking(weights, totals)
 
 
@@ -285,9 +300,9 @@ def _apply(
         "gradient_image": gradient_image,
         "gradient_class": gradient_class,
         "gradient_pixel": gradient_pixel,
-        "grad_loss": grad_loss,
+        "grad_loss": None if grad_loss is None else grad_loss.resolve_neg(),
         "grad_loss_image": 0 if is_one else grad_loss.stride(0),
-        "class_weights": weight,
+        "class_weights": None if weight is None else weight.resolve_neg().contiguous(),
         "divisor": options.divisor(len(tiles.labels)),
         "num_averaged": len(classes) if is_list else num_classes,
         "BINS": num_bins is not None,

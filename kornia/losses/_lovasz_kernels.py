@@ -94,7 +94,7 @@ def _read_tile(
 
 @triton.jit
 def _slots_of(errors, smallest, scale, FIRST: tl.constexpr, WITHIN: tl.constexpr, LAST: tl.constexpr):
-    """What :func:`._lovasz_bins._slots` computes, bit for bit."""
+    """What :func:`._lovasz_bins._slots` computes, but that a GPU may take a subnormal position for 0."""
     bits = ((errors - smallest) * scale).to(tl.int32, bitcast=True)
     bits = tl.minimum(tl.maximum(bits, 0), LAST)
     return tl.ceil(bits.to(tl.float32, bitcast=True)).to(tl.int32) + (tl.maximum(bits - FIRST, 0) >> WITHIN)
@@ -134,8 +134,13 @@ def range_kernel(
 
 
 @triton.jit
-def edges_kernel(smallest, largest, edges, rows, num_bins, NARROWEST: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the bins of each row begin, and how many there are in an error of 1: float32 ``(2, rows)``."""
+def edges_kernel(
+    smallest, largest, own_largest, edges, places, rows, num_bins, NARROWEST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Where the bins of each row begin, and how many there are in an error of 1: float32 ``(2, rows)``.
+
+    And where the largest error of the background is, int32 ``(rows,)``: -1 if it is in no image of this process.
+    """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     low = (tl.load(smallest + row, mask=inside, other=0) ^ _INVERTED).to(tl.int32).to(tl.float32, bitcast=True)
@@ -145,6 +150,8 @@ def edges_kernel(smallest, largest, edges, rows, num_bins, NARROWEST: tl.constex
     width = tl.maximum(high - low, NARROWEST)
     tl.store(edges + row, low, mask=inside)
     tl.store(edges + rows + row, tl.div_rn(num_bins + 0.5, width), mask=inside)
+    own = tl.load(own_largest + row, mask=inside, other=0)
+    tl.store(places + row, tl.where(own > 0, (own & _INVERTED) ^ _INVERTED, -1).to(tl.int32), mask=inside)
 
 
 @triton.jit
@@ -193,8 +200,10 @@ def weights_kernel(counts, weights, totals, SLOTS: tl.constexpr, BLOCK: tl.const
         last = first + background
         missed = 2 * (total - passed - tl.cumsum(foreground, 0)) + foreground
         divisor, last_union = (2 * first).to(tl.float32), last.to(tl.float32)
-        tl.store(weights + backgrounds + slot, missed.to(tl.float32) / divisor / last_union, mask=slot >= 0)
-        tl.store(weights + foregrounds + slot, (first + last).to(tl.float32) / divisor / last_union, mask=slot >= 0)
+        of_background = tl.div_rn(tl.div_rn(missed.to(tl.float32), divisor), last_union)
+        of_foreground = tl.div_rn(tl.div_rn((first + last).to(tl.float32), divisor), last_union)
+        tl.store(weights + backgrounds + slot, of_background, mask=slot >= 0)
+        tl.store(weights + foregrounds + slot, of_foreground, mask=slot >= 0)
         above += tl.sum(background, 0)
         passed += tl.sum(foreground, 0)
 
@@ -250,20 +259,16 @@ def backgrounds_kernel(
 
 @triton.jit
 def ranks_kernel(
-    order, is_background, backgrounds, weights, totals, first_row, length, blocks,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    order, is_background, backgrounds, weights, totals, first_row, length, blocks, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What :func:`._lovasz.jaccard_weights` computes, at the place of each pixel ``(rows, length)``."""
+    """What :func:`._lovasz.jaccard_weights` computes, at the place of each pixel ``(rows, length)``.
+
+    ``backgrounds`` are those of each block and of the blocks before it in the row.
+    """
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
-    passed, every = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    start = 0
-    while start < blocks:  # the interpreter of Triton 3.6 and NumPy 2.4 cannot take this for a range
-        other = start + tl.arange(0, CHUNK)
-        count = tl.load(backgrounds + row * blocks + other, mask=other < blocks, other=0)
-        passed += tl.sum(tl.where(other < block, count, 0), 0)
-        every += tl.sum(count, 0)
-        start += CHUNK
+    passed = tl.load(backgrounds + program - 1, mask=block > 0, other=0)
+    every = tl.load(backgrounds + (row + 1) * blocks - 1)
     total = length - every
     tl.store(totals + first_row + row, total.to(tl.int64), mask=block == 0)
     position = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
@@ -309,7 +314,7 @@ def _class_factors(
 
 @triton.jit
 def apply_kernel(
-    weights, totals, edges, largest, rows, slots, length, losses,
+    weights, totals, edges, places, rows, slots, length, losses,
     gradient, gradient_image, gradient_class, gradient_pixel, grad_loss, grad_loss_image,
     class_weights, divisor, num_averaged,
     pred, target, num_classes, pixels, tiles, pred_image, pred_class, pred_pixel, target_image, target_pixel, ignore,
@@ -334,9 +339,8 @@ def apply_kernel(
         at = (row * 2 * slots)[:, None] + tl.where(foreground, slot + slots, slot)
         weight = tl.load(weights + at, mask=scored, other=0.0)
         # Of an absent class, the largest error alone counts.
-        key = tl.load(largest + row, mask=is_class, other=0)
         total = tl.load(totals + row, mask=is_class, other=1)
-        alone = tl.where((total == 0) & (key > 0), (key & _INVERTED) ^ _INVERTED, -1)
+        alone = tl.where(total == 0, tl.load(places + row, mask=is_class, other=-1), -1)
         weight = tl.where(scored & (alone[:, None] == place[None, :]), 1.0, weight)
     else:
         at = (row * length)[:, None] + place[None, :]

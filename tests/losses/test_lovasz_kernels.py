@@ -114,6 +114,7 @@ if PLACES:
         def test_feature_launches(self, loss, options, bins, place, monkeypatch):
             pred, target = make_inputs(loss, place, torch.float32, ignored=options.get("ignore_index"))
             pred.requires_grad_()
+            monkeypatch.setattr("kornia.losses._lovasz_sort._SLAB", 1 << 20)
             loss(pred, target, num_bins=bins, **options)  # asks once whether kernels are there
             with Launches(monkeypatch) as launches:
                 value = loss(pred, target, num_bins=bins, **options)
@@ -122,8 +123,32 @@ if PLACES:
                 torch.autograd.backward(value, one)
             ranking = ["zeros", "range_kernel", "edges_kernel", "count_kernel", "weights_kernel"]
             if bins is None:
-                ranking = ["keys_kernel", "sort", "backgrounds_kernel", "ranks_kernel"]
+                ranking = ["keys_kernel", "sort", "backgrounds_kernel", "cumsum", "ranks_kernel"]
             assert launches.names == [*ranking, "apply_kernel", "sum", "apply_kernel"]
+
+        @pytest.mark.parametrize("bins", [None, 64])
+        def test_feature_memory_that_is_not_what_it_seems(self, bins, place):
+            """Weights with gaps or of one number, and signs that PyTorch keeps beside the memory."""
+            pred, target = make_inputs(SOFTMAX, place, torch.float32)
+            spread = torch.tensor([1.0, 50.0, 2.0, 60.0, 0.5, 70.0, 3.0, 80.0], device=place)
+            negated = torch.complex(torch.zeros_like(pred), -pred).conj().imag
+            assert negated.is_neg()
+            for weight in (spread[::2], spread[2:3].expand(4)):
+                expected = value_and_grad(SOFTMAX, pred, target, weight.clone(), num_bins=bins)
+                for logits in (pred, negated):
+                    leaf = logits.detach().requires_grad_()
+                    value = SOFTMAX(leaf, target, weight, num_bins=bins)
+                    (grad,) = torch.autograd.grad(value, leaf)
+                    self.assert_close((value.detach(), grad), expected, rtol=0.0, atol=0.0)
+
+        def test_feature_many_blocks_and_slabs(self, place, monkeypatch):
+            """Rows longer than a block of sorted pixels, and sorted in several parts."""
+            pred, target = make_inputs(SOFTMAX, place, torch.float32, (2, 40, 60))
+            expected = value_and_grad(SOFTMAX, pred, target)
+            for slab, block in ((1, 128), (5000, 512)):
+                monkeypatch.setattr("kornia.losses._lovasz_sort._SLAB", slab)
+                monkeypatch.setattr(_lovasz_cuda, "_BLOCK", block)
+                self.assert_close(value_and_grad(SOFTMAX, pred, target), expected, rtol=1e-6, atol=1e-9)
 
         @pytest.mark.parametrize("wrong", [-1, 4, 2**32, -(2**31)])
         @pytest.mark.parametrize("name", LOSSES)
@@ -184,10 +209,7 @@ class TestWithoutKernels(BaseTester):
     def asked_for(self, monkeypatch):
         monkeypatch.setattr(_lovasz_dispatch, "_KERNELS", True)
         monkeypatch.setattr(_lovasz_cuda, "is_interpreted", lambda: True)
-        asked = _lovasz_cuda._are_kernels_there
-        asked.cache_clear()
-        yield
-        asked.cache_clear()
+        monkeypatch.setattr(_lovasz_cuda, "_asked", {})
 
     def test_feature_says_why(self, monkeypatch):
         def launch(*args, **kwargs):
@@ -268,7 +290,9 @@ if not INTERPRETED:
             half = torch.bfloat16 if capability >= 80 else torch.float16  # which older cards do not have
             pred = torch.empty(shape, device="meta", dtype=half if name == "sigmoid" else torch.float32)
             target = torch.empty((shape[0], *shape[2:]), device="meta", dtype=torch.int64)
-            for num_bins in (None, 1024):
+            for num_bins in (
+                (None, 1024, 1 << 16) if capability == 90 else (None, 1024) if capability == 75 else (1024,)
+            ):
                 classes = "present" if name == "softmax" else None
                 inputs = pred, target, None, Options(name, num_bins=num_bins, per_image=False, classes=classes)
                 loss, ranking = _lovasz_cuda.loss_and_ranking(*inputs)
@@ -286,4 +310,4 @@ if not INTERPRETED:
             finally:
                 with contextlib.suppress(RuntimeError):  # where there is no card to go back to
                     triton.runtime.driver.reset_active()
-            assert len(names) == 8
+            assert len(names) == (8 if capability in (75, 90) else 5)
