@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from segment import Loss, Stage, Task, binary_cross_entropy, evaluate, predict
 from torch import nn
 
-from kornia.losses import LovaszHingeLoss, LovaszSigmoidLoss, LovaszSoftmaxLoss
+from kornia.losses import LovaszHingeLoss, lovasz_sigmoid_loss, lovasz_softmax_loss
 from kornia.metrics import best_iou_threshold, iou_at_thresholds
 
 ROOT = Path(__file__).resolve().parent
@@ -54,6 +54,8 @@ SEEDS, BUDGETS = (0, 1, 2, 3, 4), (300, 900, 2700, 8100)
 # The longest training takes as long as all the others together, and is for what it can still tell something about:
 # cross-entropy, and the arms that were ahead of it on a task after 2,700 steps.
 ARMS_OF_LONGEST = {8100: ("ce", "ce+jaccard", "ce+lovasz")}
+# Does counting train as well as sorting? After one length, at the learning rate of the exact loss.
+ARMS_OF_BINS, RATE_OF = {900: ("ce+binned",)}, {"ce+binned": "ce+lovasz"}
 SEARCH_SEEDS, SEARCH_BUDGET = (1000, 1001, 1002), 600
 SECOND_STAGE = 0.25
 SETTINGS = {"size": 48, "scenes": [2400, 300, 600], "batch_size": 8}
@@ -70,7 +72,7 @@ QUICK = {
 
 def arms_at(task: str, budget: int) -> tuple[str, ...]:
     """The arms that are trained for so many steps."""
-    return ARMS_OF_LONGEST.get(budget, ARMS[task])
+    return *ARMS_OF_LONGEST.get(budget, ARMS[task]), *ARMS_OF_BINS.get(budget, ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,18 +121,20 @@ def overlap(logits: torch.Tensor, labels: torch.Tensor, *, jaccard: bool) -> tor
     return ((1 - score) * present).sum() / present.sum().clamp(min=1)
 
 
-def lovasz(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def lovasz(logits: torch.Tensor, labels: torch.Tensor, num_bins: int | None = None) -> torch.Tensor:
     """Lovász-Softmax of the batch; of one output, the sigmoid loss, which is that of the foreground alone."""
-    return LOVASZ_SOFTMAX(logits, labels) if logits.shape[1] > 1 else LOVASZ_SIGMOID(logits, labels)
+    options = {"per_image": False, "ignore_index": IGNORE, "num_bins": num_bins}
+    if logits.shape[1] > 1:
+        return lovasz_softmax_loss(logits, labels, classes="present", **options)
+    return lovasz_sigmoid_loss(logits, labels, **options)
 
 
-LOVASZ_SOFTMAX = LovaszSoftmaxLoss(classes="present", per_image=False, ignore_index=IGNORE)
-LOVASZ_SIGMOID = LovaszSigmoidLoss(per_image=False, ignore_index=IGNORE)
 LOSSES: dict[str, Loss] = {
     "ce": cross_entropy,
     "dice": partial(overlap, jaccard=False),
     "jaccard": partial(overlap, jaccard=True),
     "lovasz": lovasz,
+    "binned": partial(lovasz, num_bins=1024),
     "hinge": LovaszHingeLoss(per_image=False, ignore_index=IGNORE),
 }
 
@@ -296,7 +300,7 @@ def comparison_jobs(done: list[dict], search: list[dict]) -> list[dict]:
     for budget, seed, task in itertools.product(BUDGETS, SEEDS, TASKS):
         runs = []
         for arm in arms_at(task, budget):
-            rates = [best_rate(scores[task, name]) for name in (["ce", arm] if ">" in arm else [arm])]
+            rates = [best_rate(scores[task, name]) for name in (["ce", arm] if ">" in arm else [RATE_OF.get(arm, arm)])]
             if (task, arm, budget, seed) not in finished:
                 runs.append((arm, rates))
         jobs += in_jobs(task, seed, budget, runs)

@@ -3,6 +3,7 @@
 ``python examples/evidence_table.py`` draws examples/results/evidence.png and renews the tables in examples/README.md.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ NAMES = {
     "hinge": "Lovász hinge",
     "ce+jaccard": "cross-entropy + soft Jaccard",
     "ce+lovasz": "cross-entropy + Lovász-Softmax",
+    "ce+binned": "cross-entropy + Lovász-Softmax, 1,024 bins",
     "ce>ce": "cross-entropy, then cross-entropy",
     "ce>lovasz": "cross-entropy, then Lovász-Softmax",
     "ce>ce+lovasz": "cross-entropy, then both",
@@ -96,7 +98,7 @@ def table(runs: Runs, task: str, measure: str) -> list[list[str]]:
     budgets = runs.budgets(task)
     seeds = {budget: len(runs.seeds[task, budget]) for budget in budgets}
     lines = [["training", *(f"{budget:,} steps, {n} seed{'s' * (n > 1)}" for budget, n in seeds.items())]]
-    for arm in arms(task):
+    for arm in arms(task, budgets):
         line = [NAMES[arm]]
         for budget in budgets:
             if arm not in evidence.arms_at(task, budget):
@@ -172,9 +174,9 @@ def draw_curves(runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
-def arms(task: str) -> list[str]:
-    """The arms of a task in the order of the tables."""
-    return [arm for arm in NAMES if arm in evidence.ARMS[task]]
+def arms(task: str, budgets: Iterable[int]) -> list[str]:
+    """The arms that are trained for these numbers of steps, in the order of the tables."""
+    return [arm for arm in NAMES if any(arm in evidence.arms_at(task, budget) for budget in budgets)]
 
 
 def titled_tables(runs: Runs) -> dict[str, list[list[str]]]:
@@ -189,7 +191,7 @@ def rate_table(search: list[dict]) -> list[list[str]]:
     scores = evidence.scores_by_rate(search)
     lines = [["task", "training", "validation IoU at each learning rate of its last stage", "chosen"]]
     for task in evidence.TASKS:
-        for arm in arms(task):
+        for arm in [arm for arm in NAMES if arm in evidence.ARMS[task]]:
             of_arm = scores[task, arm]
             shown = ", ".join(f"{rate:g}: {100 * iou:.1f}" for rate, iou in sorted(of_arm.items()))
             lines.append([task, NAMES[arm], shown, f"{evidence.best_rate(of_arm):g}"])
@@ -211,7 +213,7 @@ def setting(runs: Runs) -> str:
 
 def draw(runs: Runs, path: Path) -> None:
     """For each task and arm, the difference of its test IoU from that of cross-entropy after each budget."""
-    shown = {task: [arm for arm in arms(task) if arm != REFERENCE] for task in MEASURES}
+    shown = {task: [arm for arm in arms(task, runs.budgets(task)) if arm != REFERENCE] for task in MEASURES}
     figure, axes = plt.subplots(
         len(shown), 1, figsize=(8, 8.5), height_ratios=[len(names) for names in shown.values()], layout="constrained"
     )

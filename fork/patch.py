@@ -8,6 +8,7 @@ tree that it leaves, and writes what they said into the text.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -18,11 +19,13 @@ import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from benchmarks import tables
+from fork import step_times
 from fork.compose import edit_file, fetch_release, read_series
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,44 +43,79 @@ class Step:
     files: list[str]
     proof: list[str] = field(default_factory=list)
     edits: list[dict[str, Any]] = field(default_factory=list)
+    absent: list[dict[str, Any]] = field(default_factory=list)
 
-    # What it adds or replaces, by path; filled in by `read_steps`.
-    sources: dict[str, Path] = field(default_factory=dict)
+    # The text of each file that it adds or changes, by path; filled in by `read_steps`.
+    texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def tests(self) -> list[str]:
-        """The tests that the step adds."""
-        return [path for path in self.sources if path.startswith("tests/")]
+        """The tests that the step adds or changes."""
+        return [path for path in self.texts if path.startswith("tests/")]
 
     @property
     def modules(self) -> list[str]:
-        """The files of the package that the step adds or replaces."""
-        return [path for path in self.sources if path.startswith("kornia/")]
+        """The files of the package that the step adds or changes."""
+        return [path for path in self.texts if path.startswith("kornia/")]
 
 
 def read_steps(root: Path) -> list[Step]:
-    """Return the steps, each with its files.
+    """Return the steps, each with what it adds or changes.
 
     Raises:
-        RuntimeError: a file belongs to no step, or a step has no file. The message is one sentence.
+        RuntimeError: a file belongs to no step, a step has no file, or a pattern of a step matches nothing. The message
+            is one sentence.
     """
     texts = root / "fork" / "upstream"
     steps = [Step(**row) for row in read_series(root)]
-    for source in [path for folder in ("kornia", "tests") for path in sorted((root / folder).rglob("*.py"))]:
+    sources = [path for folder in ("kornia", "tests") for path in sorted((root / folder).rglob("*.py"))]
+    unused = {(step.name, pattern) for step in steps for rule in step.absent for pattern in rule["patterns"]}
+    for source in [*sources, root / "testing" / "lovasz.py"]:
         path = source.relative_to(root).as_posix()
-        step = next((each for each in steps if any(fnmatchcase(path, pattern) for pattern in each.files)), None)
-        if step is None:
+        numbers = [i for i, step in enumerate(steps) if any(fnmatchcase(path, pattern) for pattern in step.files)]
+        if not numbers:
             raise RuntimeError(f"{path} belongs to no step: add a pattern for it to {texts / 'series.toml'}.")
-        step.sources[path] = source
+        versions = [source.read_text(encoding="utf-8")]
+        for step in reversed(steps[numbers[0] + 1 :]):
+            versions.insert(0, take_away(step, path, versions[0], unused))
+        for step, before, after in zip(steps[numbers[0] :], ["", *versions], versions):
+            if after != before:
+                step.texts[path] = after
+    if unused:
+        name, pattern = min(unused)
+        raise RuntimeError(f"{pattern!r} of the step {name!r} matches nothing: correct {texts / 'series.toml'}.")
     for step in steps:
-        # A step whose files later steps replace has them in a folder of its own.
-        own = texts / step.name
-        step.sources |= {path.relative_to(own).as_posix(): path for path in sorted(own.rglob("*.py"))}
-        if not step.sources:
+        if not step.texts:
             raise RuntimeError(f"The step {step.name!r} has no file: correct its patterns in {texts / 'series.toml'}.")
         # Without the number of a pull request, which is not known yet, Kornia wants a leading "+".
-        step.sources |= {f"changelog.d/+{path.name}": path for path in sorted(texts.glob(f"{step.name}.*.md"))}
+        fragments = sorted(texts.glob(f"{step.name}.*.md"))
+        step.texts |= {f"changelog.d/+{path.name}": path.read_text(encoding="utf-8") for path in fragments}
     return steps
+
+
+def take_away(step: Step, path: str, text: str, unused: set[tuple[str, str]]) -> str:
+    """A file as it is before a step; the patterns that match are no longer unused."""
+    result = text
+    for rule in step.absent:
+        if any(fnmatchcase(path, pattern) for pattern in rule["files"]):
+            for pattern in rule["patterns"]:
+                result, count = re.subn(pattern, rule.get("instead", ""), result, flags=re.MULTILINE)
+                if count:
+                    unused.discard((step.name, pattern))
+    return result if result == text else tidy(result, path)
+
+
+@cache
+def tidy(text: str, path: str) -> str:
+    """Without imports that nothing uses, and formatted."""
+    ruff = [sys.executable, "-m", "ruff"]
+    for command in (["check", "--fix-only", "--quiet", "--select", "F401,I001"], ["format"]):
+        command = [*ruff, *command, "--stdin-filename", str(ROOT / path), "-"]
+        result = subprocess.run(command, input=text, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+        if result.returncode:
+            raise RuntimeError(f"An older version of {path} is no Python: {result.stderr.strip()}")
+        text = result.stdout
+    return text
 
 
 def unpack_source(root: Path, target: Path) -> None:
@@ -117,11 +155,10 @@ def apply_step(step: Step, tree: Path) -> None:
     """
     lines = (tree / "kornia" / "__init__.py").read_text(encoding="utf-8").splitlines(keepends=True)
     header = "".join(lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))])
-    for path, source in step.sources.items():
-        text = source.read_text(encoding="utf-8")
+    for path, text in step.texts.items():
         if path.endswith(".py"):
             if not text.startswith(LICENCE_LINE):
-                raise RuntimeError(f"{source} must begin with the line {LICENCE_LINE.strip()!r}.")
+                raise RuntimeError(f"{path} must begin with the line {LICENCE_LINE.strip()!r}.")
             text = f"{header}\n{text.removeprefix(LICENCE_LINE).lstrip()}"
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_text(text, encoding="utf-8")
@@ -186,7 +223,7 @@ def write_text(root: Path, step: Step, facts: dict[str, str], out: Path) -> None
     body = Template(read_text(root, step)).substitute(facts)
     # In a pull request a line break is shown as one, so the lines of a paragraph or list item are joined.
     body = re.sub(r"(?<=[^\n|])\n *(?=[^\n #|-])", " ", body).strip()
-    fragments = ", ".join(f"`{path}`" for path in step.sources if path.startswith("changelog.d/"))
+    fragments = ", ".join(f"`{path}`" for path in step.texts if path.startswith("changelog.d/"))
     left = (
         "an issue, opened early: Kornia asks for one where a change adds to its API or changes behaviour",
         "which tests were run on your machine",
@@ -198,13 +235,8 @@ def write_text(root: Path, step: Step, facts: dict[str, str], out: Path) -> None
 
 
 def measured() -> dict[str, str]:
-    """What `make bench` measured: the sentences on speed, and the gradient errors."""
-    lines = tables.accuracy(tables.read("cpu"))
-    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    return {
-        "speed": "\n\n".join(tables.claim(device) for device in tables.DEVICES if tables.read(device)),
-        "accuracy": "\n".join(f"| {' | '.join(line)} |" for line in lines),
-    }
+    """What `make bench` measured: the sentences on speed."""
+    return {"speed": "\n\n".join(tables.claim(device) for device in tables.DEVICES if tables.read(device))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +274,7 @@ def check_proof(step: Step, tree: Path) -> str:
     """
     for path in step.proof:
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(step.sources[path], tree / path)
+        (tree / path).write_text(step.texts[path], encoding="utf-8")
     status, said = run_tests(tree, step.proof)
     for path in step.proof:
         (tree / path).unlink()
@@ -282,13 +314,15 @@ def write_series(root: Path, out: Path, *, checkout: Path | None = None, test: b
         if checkout:
             add_docs(checkout, steps, base)
         patches = write_patches(root, steps, base, out)
-    numbers = measured()
+    numbers, results = measured(), json.loads(step_times.FILE.read_text(encoding="utf-8"))
+    numbers["errors"] = step_times.table_of_errors(results)
     for step, patch, tested in zip(steps, patches, said):
         for edit in step.edits:
             if edit["file"].startswith("docs/") and not checkout:
                 lines = ", ".join(f"`{line}`" for line in edit["lines"])
                 tested += f"\n\nThe patch lacks {lines} in `{edit['file']}`: `make patch KORNIA=<checkout>` adds that."
-        write_text(root, step, {"tests": tested, **numbers}, patch.with_suffix(".md"))
+        facts = {"tests": tested, "times": step_times.table_of_times(results, step.name), **numbers}
+        write_text(root, step, facts, patch.with_suffix(".md"))
     return patches
 
 
