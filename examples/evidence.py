@@ -17,6 +17,7 @@ import platform
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -56,6 +57,8 @@ SEEDS, BUDGETS = (0, 1, 2, 3, 4), (300, 900, 2700, 8100)
 ARMS_OF_LONGEST = {8100: ("ce", "ce+jaccard", "ce+lovasz")}
 # Does counting train as well as sorting? After one length, at the learning rate of the exact loss.
 ARMS_OF_BINS, RATE_OF = {900: ("ce+binned",)}, {"ce+binned": "ce+lovasz"}
+# What comes of keeping the weights that are best on validation images, which are looked at every so many steps?
+ARMS_OF_KEPT, BUDGETS_OF_KEPT, VALIDATE_EVERY = ("ce", "ce+jaccard", "ce+lovasz"), (900,), 100
 SEARCH_SEEDS, SEARCH_BUDGET = (1000, 1001, 1002), 600
 SECOND_STAGE = 0.25
 SETTINGS = {"size": 48, "scenes": [2400, 300, 600], "batch_size": 8}
@@ -66,6 +69,8 @@ QUICK = {
     "BUDGETS": (10, 30),
     "SEEDS": (0, 1),
     "SEARCH_BUDGET": 10,
+    "BUDGETS_OF_KEPT": (10,),
+    "VALIDATE_EVERY": 5,
     "SETTINGS": {"size": 48, "scenes": [64, 16, 16], "batch_size": 8},
 }
 
@@ -195,6 +200,31 @@ def train(model: nn.Module, data: Split, loss: str, steps: int, rate: float, see
         stage.step()
 
 
+def run_kept(job: dict) -> list[dict]:
+    """Train the runs of a job again, and keep the weights that are best on validation images; a record of each."""
+    task, data = TASKS[job["task"]], task_data(job["task"], job["seed"])
+    torch.manual_seed(job["seed"])
+    initial = build_network(task, channels=data["train"].images.shape[1])
+    records = []
+    for arm, rates in job["runs"]:
+        model = copy.deepcopy(initial)
+        options = {"steps": job["budget"], "lr": rates[0], "batch_size": SETTINGS["batch_size"], "seed": job["seed"]}
+        stage = Stage(model, data["train"], make_loss(arm), **options)
+        best = {"score": -1.0}
+        while stage.done < stage.steps:
+            stage.step()
+            if stage.done % VALIDATE_EVERY == 0:
+                score = evaluate(model, data["validation"], task).score
+                if score > best["score"]:
+                    best = {"score": score, "step": stage.done, "weights": copy.deepcopy(model.state_dict())}
+        record = {key: job[key] for key in ("task", "seed", "budget")} | {"arm": arm, "rates": rates}
+        record["last"] = measure(model, task, data)
+        model.load_state_dict(best["weights"])
+        record |= {"kept": measure(model, task, data), "kept after": best["step"]}
+        records.append(record | {"settings": SETTINGS, **circumstances()})
+    return records
+
+
 def measure(model: nn.Module, task: Task, data: dict[str, Split]) -> dict:
     """IoU on validation and test images: at probability 0.5 and, if binary, at the best threshold of validation."""
     if not task.is_binary:
@@ -307,6 +337,18 @@ def comparison_jobs(done: list[dict], search: list[dict]) -> list[dict]:
     return jobs
 
 
+def kept_jobs(done: list[dict], search: list[dict]) -> list[dict]:
+    """The runs that keep their best weights and are still to be made."""
+    scores = scores_by_rate(search)
+    finished = {(r["task"], r["arm"], r["budget"], r["seed"]) for r in done}
+    every = itertools.product(BUDGETS_OF_KEPT, SEEDS, TASKS, ARMS_OF_KEPT)
+    return [
+        {"task": task, "seed": seed, "budget": budget, "runs": [(arm, [best_rate(scores[task, arm])])]}
+        for budget, seed, task, arm in every
+        if (task, arm, budget, seed) not in finished
+    ]
+
+
 def in_jobs(task: str, seed: int, budget: int, runs: list) -> list[dict]:
     """A job for each run, but one for all runs that share a first stage, which take longest and come first."""
     together = [run for run in runs if ">" in run[0]]
@@ -336,17 +378,17 @@ def main() -> None:
         globals().update(QUICK)
     out = args.out or (CACHE / "quick" if args.quick else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
-    search, runs = out / "search.jsonl", out / "runs.jsonl"
+    search, runs, kept = out / "search.jsonl", out / "runs.jsonl", out / "kept.jsonl"
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         get_context("spawn").Pool(args.processes, prepare_worker, (args.quick,)) as pool,
         Progress(*columns, console=Console()) as progress,
     ):
 
-        def work(jobs: list[dict], path: Path, title: str) -> None:
+        def work(jobs: list[dict], path: Path, title: str, run: Callable[[dict], list[dict]] = run_job) -> None:
             bar = progress.add_task(title, total=sum(len(job["runs"]) for job in jobs))
             with path.open("a", encoding="utf-8") as file:
-                for records in pool.imap_unordered(run_job, jobs):
+                for records in pool.imap_unordered(run, jobs):
                     file.writelines(json.dumps(record) + "\n" for record in records)
                     file.flush()
                     progress.advance(bar, len(records))
@@ -354,6 +396,7 @@ def main() -> None:
         while jobs := search_jobs(read(search)):
             work(jobs, search, "learning rates")
         work(comparison_jobs(read(runs), read(search)), runs, "comparison")
+        work(kept_jobs(read(kept), read(search)), kept, "best weights", run_kept)
 
 
 if __name__ == "__main__":

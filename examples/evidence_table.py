@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent
-RUNS, SEARCH = ROOT / "results" / "runs.jsonl", ROOT / "results" / "search.jsonl"
+RUNS, SEARCH, KEPT = (ROOT / "results" / f"{name}.jsonl" for name in ("runs", "search", "kept"))
 MARKS = ("<!-- made by evidence_table.py -->", "<!-- end -->")
 
 REFERENCE = "ce"
@@ -174,6 +174,26 @@ def draw_curves(runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
+def kept_table(records: list[dict]) -> list[list[str]]:
+    """A heading and a row for each task and arm: test IoU with the last weights, and with those best on validation."""
+    lines = [["after 900 steps", "last weights", "best on validation", "kept after steps (median)"]]
+    for task, measures in MEASURES.items():
+        title, measure = next(iter(measures.items()))
+        found = {(r["arm"], r["seed"]): r for r in records if r["task"] == task}
+
+        def iou(arm: str, which: str, found: dict = found, measure: str = measure) -> np.ndarray:
+            return np.array([100 * found[arm, seed][which][measure] for seed in evidence.SEEDS])
+
+        for arm in evidence.ARMS_OF_KEPT:
+            cells = []
+            for which in ("last", "kept"):
+                gain = "" if arm == REFERENCE else f" ({Interval.of(iou(arm, which) - iou(REFERENCE, which))})"
+                cells.append(f"{iou(arm, which).mean():.1f}{gain}")
+            steps = np.median([found[arm, seed]["kept after"] for seed in evidence.SEEDS])
+            lines.append([f"{NAMES[arm]}, {title}", *cells, f"{steps:.0f}"])
+    return lines
+
+
 def arms(task: str, budgets: Iterable[int]) -> list[str]:
     """The arms that are trained for these numbers of steps, in the order of the tables."""
     return [arm for arm in NAMES if any(arm in evidence.arms_at(task, budget) for budget in budgets)]
@@ -278,6 +298,7 @@ def write_docs(folder: Path) -> None:
     for name, text in (
         ("evidence", "\n".join(tables)),
         ("rates", rates),
+        ("kept", rest(kept_table(evidence.read(KEPT)), "Test IoU in percent, and the difference from cross-entropy")),
         ("ratios", rest(ratio_table(runs), "Steps of cross-entropy, in multiples of those of the mixture")),
         ("setting", setting(runs) + ".\n"),
     ):

@@ -290,6 +290,17 @@ class TestCommitted:
             arm = evidence.RATE_OF.get(run["arm"], run["arm"])
             assert run["rates"][-1] == evidence.best_rate(scores[run["task"], arm])
 
+    def test_best_weights_are_of_the_same_runs(self):
+        """Their last weights are those of the comparison, to the digit that training repeats."""
+        kept = evidence.read(evidence_table.KEPT)
+        assert evidence.kept_jobs(kept, evidence.read(evidence_table.SEARCH)) == []
+        runs = evidence_table.read()
+        for record in kept:
+            other = runs.found[record["task"], record["arm"], record["budget"], record["seed"]]
+            assert record["rates"] == other["rates"]
+            assert record["kept after"] <= record["budget"]
+            assert record["last"]["test at half"] == pytest.approx(other["test at half"], abs=0.08)
+
     def test_readme_is_up_to_date(self):
         readme = (evidence_table.ROOT / "README.md").read_text(encoding="utf-8")
         assert evidence_table.readme_block(evidence_table.read()) in readme
