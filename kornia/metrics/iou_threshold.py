@@ -157,7 +157,7 @@ def _count_by_cells(logits: Tensor, foreground: Tensor, ascending: Tensor) -> tu
 
 def _optimal_interval(pieces: list[Pixels]) -> tuple[float, float, Tensor]:
     """Find the best thresholds: from ``lower``, included, to ``upper``, excluded; and their IoU, 0-d float64."""
-    total = sum(foreground.count_nonzero() for _, foreground in pieces)
+    total = torch.stack([foreground.count_nonzero() for _, foreground in pieces]).sum()
     skipped = None
     if sum(len(logits) for logits, _ in pieces) >= _MIN_CELLS:
         pieces, skipped = _candidates(pieces)
