@@ -67,6 +67,7 @@ pytest: $(VENV)/installed
 INTERPRETED = not exception and not Compile and not Transforms and not Scale and not Sizes and not Laws and not threads
 INTERPRETED += and not deterministic and not counts and not teacher and not large and not thousand and not accuracy
 INTERPRETED += and not Group and not precision and not without_a_factor and not cardinality and not compatibility
+INTERPRETED += and not gradcheck and not forms
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 KORNIA_LOVASZ_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \
 		tests/losses -m "not jit" -k "$(INTERPRETED)" --dtype float32 $(ARGS)
