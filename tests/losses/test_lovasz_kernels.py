@@ -275,11 +275,12 @@ def usage_of(compiled) -> tuple[int, int]:
 
 
 if not INTERPRETED:
-    # What Triton knew before 3.6: up to Hopper, and two registers fewer.
-    IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+    VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+    # Triton 3.6 to 3.8 spill nothing; others up to two registers of the kernel that applies the weights.
+    MOST_SPILT = 0 if (3, 6) <= VERSION < (3, 9) else 8
 
     class TestCompile:
-        @pytest.mark.parametrize("capability", [75, 80, 90] if IS_OLD else [75, 80, 90, 120])
+        @pytest.mark.parametrize("capability", [75, 80, 90, 120] if VERSION >= (3, 6) else [75, 80, 90])
         @pytest.mark.parametrize(("name", "shape"), [
             ("hinge", (4, 1, 512, 512)), ("sigmoid", (4, 1, 512, 512)), ("softmax", (2, 21, 512, 512)),
             ("softmax", (2, 150, 256, 256)), ("softmax", (1, 1000, 64, 64)),
@@ -305,7 +306,7 @@ if not INTERPRETED:
                 for (kernel, programs, _, *args), kwargs in launched:
                     compiled = getattr(_lovasz_kernels, kernel).warmup(*args, grid=(programs,), **kwargs)
                     registers, spilt = usage_of(compiled)
-                    assert spilt <= 8 * IS_OLD, f"{kernel}: {registers} registers, {spilt} bytes spilt"
+                    assert spilt <= MOST_SPILT, f"{kernel}: {registers} registers, {spilt} bytes spilt"
                     names.add(kernel)
             finally:
                 with contextlib.suppress(RuntimeError):  # where there is no card to go back to
