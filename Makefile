@@ -14,7 +14,7 @@ help:
 	@echo "make two-stages  cross-entropy first, a Lovász loss second, the best threshold last; on handwriting or your images"
 	@echo "make evidence    compare losses seed by seed, hours; stop it and go on as you like; ARGS=--quick for two minutes"
 	@echo "make bench       time, memory and accuracy beside Kornia 0.9.0 and cross-entropy"
-	@echo "make gpu         on a machine with a card: the tests and the benchmark of the fused kernels, five minutes"
+	@echo "make gpu         on a machine with a card: the tests and the benchmark of the fused kernels"
 	@echo "make test        the whole check: lint, types, tests, doctests, documentation"
 	@echo "make test-fast   the tests of losses and metrics in float32, without the slow ones: a minute"
 	@echo "make fuzz        the laws of the losses on many more inputs, drawn anew"

@@ -12,7 +12,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import BASELINE, BINNED, COMPILED, OURS, RELEASE, ratio
+from tables import BASELINE, BINNED, COMPILED, OURS, RELEASE, has_compiled_release, ratio
 
 CIRCUMSTANCES = {
     "idle": "idle",
@@ -41,7 +41,7 @@ def draw(raw: Path, path: Path) -> None:
 def draw_cost(axis: plt.Axes, results: dict) -> None:
     """The time in multiples of that of cross-entropy, wherever it was measured: the median, from best to worst."""
     measured = {name: (grid, "") for name, grid in results["grid"].items()}
-    if any(f"{RELEASE}{COMPILED}" in seconds for seconds in results["compiled"].values()):
+    if has_compiled_release(results):
         measured["compiled"] = results["compiled"], COMPILED
     for place, (grid, suffix) in enumerate(measured.values()):
         for name, shift in ((OURS, -0.15), (RELEASE, 0.15)):

@@ -30,14 +30,14 @@ def _read_labels(labels, num_classes, ignore, LOSS: tl.constexpr, IGNORES: tl.co
     """Class of each label, whether it is to be scored, and whether it is wrong: neither a class nor to be ignored."""
     limit = num_classes if LOSS == "softmax" else 2
     if labels.dtype.is_floating():
-        # Half precision can be compared with few things on old cards.
+        # Old cards do not compare numbers of half precision.
         values = labels if labels.dtype == tl.float64 else labels.to(tl.float32)
         known = (values == tl.floor(values)) & (values >= 0) & (values < limit)
     else:
         # In int64: in a narrower dtype, an ignore_index out of its range would wrap around to a class.
         values = labels.to(tl.int64)
         known = (values >= 0) & (values < limit)
-    valid = values != ignore if IGNORES else known | ~known
+    valid = values != ignore if IGNORES else known | ~known  # all are, if none is to be ignored
     return values.to(tl.int32), valid, valid & ~known
 
 
