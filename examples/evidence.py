@@ -58,7 +58,7 @@ ARMS_OF_LONGEST = {8100: ("ce", "ce+jaccard", "ce+lovasz")}
 # Does counting train as well as sorting? After one length, at the learning rate of the exact loss.
 ARMS_OF_BINS, RATE_OF = {900: ("ce+binned",)}, {"ce+binned": "ce+lovasz"}
 # What comes of keeping the weights that are best on validation images, which are looked at every so many steps?
-ARMS_OF_KEPT, BUDGETS_OF_KEPT, VALIDATE_EVERY = ("ce", "ce+jaccard", "ce+lovasz"), (900,), 100
+ARMS_OF_KEPT, BUDGETS_OF_KEPT, VALIDATE_EVERY = ("ce", "ce+jaccard", "ce+lovasz"), (900, 2700), 100
 SEARCH_SEEDS, SEARCH_BUDGET = (1000, 1001, 1002), 600
 SECOND_STAGE = 0.25
 SETTINGS = {"size": 48, "scenes": [2400, 300, 600], "batch_size": 8}
