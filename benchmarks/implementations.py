@@ -1,4 +1,7 @@
-"""What is compared: each entry maps logits and labels to a loss, averaged over images but for that in a group."""
+"""The losses that the benchmarks compare, as functions of logits and labels.
+
+All of them average over images, except for the loss in a process group, which scores the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,19 @@ import torch.nn.functional as F
 from tables import BASELINE, BINNED, COPIES, DENSE, GROUPED, OURS, RELEASE
 
 from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
+from kornia.losses._tuning import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fork.compose import fetch_release, load_release_module  # noqa: E402 - found through the line above
+from fork.compose import fetch_release, load_release_module  # noqa: E402 - needs the path from the line above
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 FUNCTIONS = {"hinge": lovasz_hinge_loss, "sigmoid": lovasz_sigmoid_loss, "softmax": lovasz_softmax_loss}
 
 
 def textbook_terms(errors: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
-    """Lovász extension of each row ``(R, N)`` as usually written: sorted errors times differences of the curve."""
+    """Lovász extension of each row ``(R, N)`` in the textbook form: sorted errors times steps of the Jaccard loss."""
     errors, order = errors.sort(dim=1, descending=True)
     foreground = foreground.gather(1, order)
     total = foreground.sum(1, keepdim=True)
@@ -57,10 +61,10 @@ def binary_cross_entropy(pred: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 
 def peer(package: str) -> ModuleType | None:
-    """The file of a package with its Lovász losses, without the rest of the package and what that needs."""
-    spec = PathFinder.find_spec(package, [*sys.path, str(Path(sys.prefix) / "peers")])  # where make installs them
+    """Import the file with the Lovász losses of a package, without the rest of the package and its dependencies."""
+    spec = PathFinder.find_spec(package, [*sys.path, str(Path(sys.prefix) / "peers")])  # make installs them there
     if spec is None:
-        print(f"{package} is left out: it is not installed", file=sys.stderr)
+        print(f"{package} is left out because it is not installed", file=sys.stderr)
         return None
     losses = ModuleType(f"{package}_losses")
     losses.__path__ = [str(Path(folder) / "losses") for folder in spec.submodule_search_locations]
@@ -70,7 +74,7 @@ def peer(package: str) -> ModuleType | None:
 
 @functools.cache
 def peers() -> dict[str, dict[str, Loss]]:
-    """Implementations of other packages, as far as they are installed."""
+    """The implementations of other packages that are installed."""
     found: dict[str, dict[str, Loss]] = {}
     if smp := peer("segmentation_models_pytorch"):
         found["segmentation-models-pytorch"] = {
@@ -88,13 +92,13 @@ def peers() -> dict[str, dict[str, Loss]]:
 
 @functools.cache
 def group_of_one() -> dist.ProcessGroup:
-    """A group without another process: what the loss of a global batch costs besides the network."""
+    """A process group of one process, to measure the cost of the loss in a group without communication."""
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     return dist.group.WORLD
 
 
-class _Copies(torch.autograd.Function):
-    """What moving memory costs: the logits are copied, in the backward pass again."""
+class _CopyLogits(torch.autograd.Function):
+    """Copy the logits in the forward and in the backward pass, to measure the time of moving the memory."""
 
     @staticmethod
     def forward(ctx, pred, target):
@@ -107,27 +111,27 @@ class _Copies(torch.autograd.Function):
 
 
 def without_kernels(loss: Loss) -> Loss:
-    """The same loss by operations of PyTorch alone, as other libraries have it."""
+    """The same loss with PyTorch operations only, without the kernels of this fork."""
 
     def dense(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        with mock.patch("kornia.losses._lovasz_dispatch._KERNELS", False):
+        with mock.patch.object(tuning, "kernels", False):
             return loss(pred, target)
 
     return dense
 
 
-def on_cuda(kind: str) -> dict[str, Loss]:
-    """What is compared on a GPU alone."""
+def cuda_implementations(kind: str) -> dict[str, Loss]:
+    """Implementations that are compared only on a GPU."""
     ours = FUNCTIONS[kind]
     return {
         DENSE: without_kernels(ours),
         f"{DENSE}, 1024 bins": without_kernels(functools.partial(ours, num_bins=1024)),
-        COPIES: _Copies.apply,
+        COPIES: _CopyLogits.apply,
     }
 
 
 def implementations(kind: str) -> dict[str, Loss]:
-    """Implementations of one kind of loss, "softmax", "hinge" or "sigmoid", under the names that the tables show."""
+    """Implementations of the "softmax", "hinge" or "sigmoid" loss, by the names in the tables."""
     module = "lovasz_hinge" if kind == "hinge" else "lovasz_softmax"
     release = getattr(load_release_module(fetch_release(ROOT), f"kornia.losses.{module}"), f"{module}_loss")
     ours = FUNCTIONS[kind]
@@ -136,7 +140,7 @@ def implementations(kind: str) -> dict[str, Loss]:
         BINNED: functools.partial(ours, num_bins=1024),
         GROUPED: functools.partial(ours, num_bins=1024, per_image=False, process_group=group_of_one()),
         BASELINE: F.cross_entropy if kind == "softmax" else binary_cross_entropy,
-        # It has no sigmoid loss: what comes closest is its softmax loss of two classes.
+        # The release has no sigmoid loss. Its softmax loss of two classes is the closest.
         RELEASE: release if kind != "sigmoid" else lambda z, target: release(torch.cat([0 * z, z], 1), target),
         "textbook": {"hinge": textbook_hinge, "sigmoid": textbook_sigmoid, "softmax": textbook_softmax}[kind],
         **{name: losses[kind] for name, losses in peers().items() if kind in losses},

@@ -35,9 +35,9 @@ FILES = {
 }
 
 
-def read_series(root: Path) -> list[dict[str, Any]]:
-    """Return the steps of ``fork/upstream/series.toml``, which explains them."""
-    return tomllib.loads((root / "fork" / "upstream" / "series.toml").read_text(encoding="utf-8"))["step"]
+def read_series(root: Path) -> dict[str, Any]:
+    """Return what ``fork/upstream/series.toml`` says, which also explains it."""
+    return tomllib.loads((root / "fork" / "upstream" / "series.toml").read_text(encoding="utf-8"))
 
 
 def fetch_release(root: Path, kind: str = "wheel") -> Path:
@@ -123,7 +123,7 @@ def compose(wheel: Path, root: Path, target: Path) -> None:
             archive.extractall(new, [name for name in names if name.startswith("kornia/")])
             licence = next(name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
             (new / "LICENSE").write_bytes(archive.read(licence))
-        for edit in [edit for step in read_series(root) for edit in step.get("edits", [])]:
+        for edit in [edit for step in read_series(root)["step"] for edit in step.get("edits", [])]:
             if edit["file"] in names and not (root / edit["file"]).exists():
                 edit_file(new / edit["file"], edit)
         for source in sorted(overlay.rglob("*.py")):

@@ -103,7 +103,7 @@ def test_wheel_is_release_and_overlay(checkout, release, wheel):
     assert sorted(name for name in actual if actual[name] != expected[name]) == inits
     for init in inits:
         lines = actual[init].decode().splitlines()
-        edits = [edit for step in read_series(ROOT) for edit in step.get("edits", []) if edit["file"] == init]
+        edits = [edit for step in read_series(ROOT)["step"] for edit in step.get("edits", []) if edit["file"] == init]
         for number, edit in enumerate(edits):
             # A later step puts its lines in place of those that an earlier one has put behind the same line.
             if any(later["after"] == edit["after"] and "until" in later for later in edits[number + 1 :]):

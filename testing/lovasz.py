@@ -21,6 +21,7 @@ from kornia.losses import (
     lovasz_sigmoid_loss,
     lovasz_softmax_loss,
 )
+from kornia.losses._tuning import tuning
 
 from testing.base import BaseTester
 
@@ -203,15 +204,19 @@ def force_form(monkeypatch, form: str, piece: int = 100) -> None:
     """
     if form == "usual":
         return
-    if form == "derived":
-        monkeypatch.setattr("kornia.losses._lovasz_dispatch.is_eager", lambda tensor: False)
-    monkeypatch.setattr("kornia.losses._lovasz_dispatch._KERNELS", form == "fused")
-    monkeypatch.setattr("kornia.losses._lovasz_dispatch._MIN_CPU", 1 if form == "cpu" else 1 << 60)
-    monkeypatch.setattr("kornia.losses._lovasz_cpu._FEW", 0)
-    monkeypatch.setattr("kornia.losses._lovasz_cpu._TINY", 0)
-    monkeypatch.setattr("kornia.losses._lovasz_cpu._PIECE", max(64, piece))
-    monkeypatch.setattr("kornia.losses._lovasz_sort._SLAB", piece)
-    monkeypatch.setattr("kornia.losses._lovasz_bins._slab_size", lambda errors: piece)
+    settings = {
+        "sorted_at_once": piece,
+        "eager_forms": form != "derived",
+        "cpu_from": 1 if form == "cpu" else 1 << 60,
+        "candidates_from": 0,
+        "merged_below": 0,
+        "piece": max(64, piece),
+        "counted_at_once": piece,
+        "counted_at_once_cuda": piece,
+        "kernels": form == "fused",
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(tuning, name, value)
 
 
 class LovaszTester(BaseTester):

@@ -33,6 +33,7 @@ from torch import Tensor
 from ._eager import is_eager
 from ._lovasz_group import check_agreement, range_of_all
 from ._lovasz_options import Options
+from ._tuning import tuning
 
 # From the smallest error to the largest, the width of the narrow bins doubles this many times.
 _OCTAVES = 24
@@ -40,12 +41,11 @@ _MANTISSA_BITS = 23
 # Dummy slots at the end of the counts, see _add_counts.
 _SPARE = 1 << 10
 # The range of the errors is at least that wide, and its ends at most that large, so that its inverse is finite.
-_NARROWEST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
+NARROWEST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
 
 
-def _slab_size(errors: Tensor) -> int:
-    """Errors in a chunk, with about 40 bytes of temporaries each; more on CUDA, as each launch has a fixed cost."""
-    return 1 << (18 if errors.device.type == "cpu" else 22)
+def _at_once(errors: Tensor) -> int:
+    return tuning.counted_at_once if errors.device.type == "cpu" else tuning.counted_at_once_cuda
 
 
 def binned_weights(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -69,20 +69,20 @@ def binned_weights(errors: Tensor, foreground: Tensor, options: Options) -> tupl
         pixel = torch.nn.functional.pad  # without a pixel, this process still takes part
         weights, total = binned_weights(pixel(errors, (0, 1)), pixel(foreground, (0, 1)), options)
         return weights[:, :0], total
-    num_slots = _num_slots(num_bins)
-    step = max(1, 16 * _slab_size(errors) // num_slots)  # many small images have larger tables than pixels
+    num_slots = count_slots(num_bins)
+    step = max(1, 16 * _at_once(errors) // num_slots)  # many small images have larger tables than pixels
     if group is None and is_eager(errors) and rows > step:
         parts = [binned_weights(*part, options) for part in zip(errors.split(step), foreground.split(step))]
         return torch.cat([weights for weights, _ in parts]), torch.cat([total for _, total in parts])
 
-    width = max(1, _slab_size(errors) // rows) if is_eager(errors) else count
+    width = max(1, _at_once(errors) // rows) if is_eager(errors) else count
     parts = list(zip(errors.split(width, 1), foreground.split(width, 1)))
     smallest, scale, is_owner = _range_of_bins(parts, options)
     # The slots of a row are those of its background, then those of its foreground.
     starts = torch.arange(0, rows * 2 * num_slots, 2 * num_slots, device=errors.device).unsqueeze(1)
 
     def slots_of(errors: Tensor, foreground: Tensor) -> Tensor:
-        return _slots((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots) + starts
+        return slots_at((errors - smallest) * scale, num_bins).add(foreground, alpha=num_slots) + starts
 
     counts = torch.zeros(rows * 2 * num_slots + _SPARE, dtype=torch.int64, device=errors.device)
     for part in parts:
@@ -90,7 +90,7 @@ def binned_weights(errors: Tensor, foreground: Tensor, options: Options) -> tupl
     counts = counts[:-_SPARE]
     if group is not None:
         torch.distributed.all_reduce(counts, group=group)
-    table, total = _weights(counts.view(rows, 2, num_slots), errors.dtype)
+    table, total = weights_of_slots(counts.view(rows, 2, num_slots), errors.dtype)
     table = table.flatten()
     weights = [table.index_select(0, slots_of(*part).flatten()).view(part[0].shape) for part in parts]
     # Of an absent class, the largest error alone counts.
@@ -114,7 +114,7 @@ def _range_of_bins(parts: Sequence[tuple[Tensor, Tensor]], options: Options) -> 
     # Both ends are moved outwards, where the smallest itself must be above the first slot and rounding to float32 may
     # have lowered the largest. There is one bin more, for rounding.
     smallest, largest = smallest * (1 - 2.0**-20), (largest * (1 + 2.0**-20)).clamp(max=_MOST)
-    return smallest, ((options.num_bins or 1) + 0.5) / (largest - smallest).clamp(min=_NARROWEST), is_owner
+    return smallest, ((options.num_bins or 1) + 0.5) / (largest - smallest).clamp(min=NARROWEST), is_owner
 
 
 def _add_counts(counts: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
@@ -152,18 +152,19 @@ def _bits(number: int) -> int:
     return (126 + exponent << _MANTISSA_BITS) + (number << _MANTISSA_BITS - exponent)
 
 
-def _narrow_bins(num_bins: int) -> tuple[int, int]:
-    """The bits at which the narrow bins start, and the bits that those of a bin differ in."""
+def layout(num_bins: int) -> tuple[int, int, int]:
+    """The bits where the narrow bins start, how many low bits differ within one, and the bits of the last position."""
     per_octave = max(0, num_bins.bit_length() - 6)
-    return _bits(num_bins) - (_OCTAVES << _MANTISSA_BITS), _MANTISSA_BITS - per_octave
+    return _bits(num_bins) - (_OCTAVES << _MANTISSA_BITS), _MANTISSA_BITS - per_octave, _bits(num_bins + 2)
 
 
-def _num_slots(num_bins: int) -> int:
-    first, within = _narrow_bins(num_bins)
-    return num_bins + 3 + (_bits(num_bins + 2) - first >> within)
+def count_slots(num_bins: int) -> int:
+    """How many slots a row has."""
+    first, within, last = layout(num_bins)
+    return num_bins + 3 + (last - first >> within)
 
 
-def _slots(positions: Tensor, num_bins: int) -> Tensor:
+def slots_at(positions: Tensor, num_bins: int) -> Tensor:
     """Slots, int32, of errors in ascending order.
 
     Args:
@@ -171,14 +172,14 @@ def _slots(positions: Tensor, num_bins: int) -> Tensor:
             above ``num_bins + 1`` the last.
         num_bins: the number of bins.
     """
-    first, within = _narrow_bins(num_bins)
+    first, within, last = layout(num_bins)
     # The sum of two numbers that ascend with the error changes wherever one of them does: it has the edges of both.
     # By their bits, nan has a slot too.
-    bits = positions.to(torch.float32).view(torch.int32).clamp(0, _bits(num_bins + 2))
+    bits = positions.to(torch.float32).view(torch.int32).clamp(0, last)
     return bits.view(torch.float32).ceil().to(torch.int32) + ((bits - first).clamp(min=0) >> within)
 
 
-def _weights(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def weights_of_slots(counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weights of the background and the foreground of each slot ``(R, 2, slots)``, and the foreground size ``(R,)``.
 
     Args:

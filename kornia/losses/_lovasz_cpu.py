@@ -23,18 +23,12 @@ from ._lovasz import class_factors, jaccard_weights
 from ._lovasz_options import Options
 from ._lovasz_sort import descending_order, order_of_rows, weights_of_rows, weights_of_segments
 from ._threads import in_pieces
-
-# A piece has at least so many errors: in smaller ones, threads would mostly wait for Python's lock.
-_PIECE = 1 << 18
-# With fewer errors times classes in a group, all are ranked: the fewer classes, the more of them occur.
-_FEW = 1 << 20
-# Smaller images of a batch-wide group are made one.
-_TINY = 1 << 14
+from ._tuning import tuning
 
 
-def _size_of_pieces(errors: int) -> int:
+def size_of_pieces(errors: int) -> int:
     """How many errors to handle at a time: few enough for small temporaries and all threads."""
-    return max(_PIECE, -(-errors // (4 * torch.get_num_threads())))
+    return max(tuning.piece, -(-errors // (4 * torch.get_num_threads())))
 
 
 # From errors or margins, foreground and weights, to what is kept of each pixel and to the sum of their losses.
@@ -51,8 +45,8 @@ def losses_and_gradient(
         form = _single_class
     else:
         group = gradient[0].numel() if options.per_image else gradient.numel()
-        form = _softmax_of_all if group * pred.shape[1] < _FEW else _softmax
-    if gradient.numel() > _PIECE:
+        form = _softmax_of_all if group * pred.shape[1] < tuning.candidates_from else _softmax
+    if gradient.numel() > tuning.piece:
         return form(pred, target, weight, gradient, options), gradient
     # Handing out several pieces would take longer than it spares.
     return in_pieces(lambda pred: form(pred, target, weight, gradient, options), [pred])[0], gradient
@@ -62,7 +56,7 @@ def _each(work: Callable[[Any], Any], items: Iterable[Any], size: int) -> list[A
     """Work on items of so many errors: as pieces, or one after the other where they are divided into pieces again."""
     items, threads = list(items), torch.get_num_threads()
     is_even = len(items) % threads == 0 or len(items) > 4 * threads
-    return in_pieces(work, items) if is_even or size <= 2 * _PIECE else [work(item) for item in items]
+    return in_pieces(work, items) if is_even or size <= 2 * tuning.piece else [work(item) for item in items]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,9 +69,9 @@ def _single_class(pred: Tensor, target: Tensor, _: Optional[Tensor], gradient: T
     shape = (len(target) if options.per_image else 1, -1)
     logits, labels, gradient = (tensor.reshape(shape) for tensor in (pred, target, gradient))
     use = partial(_hinge if options.loss == "hinge" else _sigmoid, divisor=options.divisor(len(logits)))
-    is_long = logits.shape[1] > 2 * _PIECE
+    is_long = logits.shape[1] > 2 * tuning.piece
     rows = partial(_long_row_of_margins if is_long else _rows_of_margins, use=use, options=options)
-    step = max(1, min(_PIECE // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
+    step = max(1, min(tuning.piece // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
     pieces = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
     return torch.cat(_each(lambda piece: rows(*piece), pieces, step * logits.shape[1]))
 
@@ -86,7 +80,7 @@ def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use,
     """Losses of rows of pixels ``(R, N)``, one for each group; their gradient overwrites a tensor."""
     margins = torch.empty_like(gradient)
     foreground, sizes, smallest, largest = _measure_margins(logits, labels, margins, options)
-    weights = _rank_rows(margins, foreground, sizes, _floors(sizes, smallest, largest, options))
+    weights = rank_rows(margins, foreground, sizes, _floors(sizes, smallest, largest, options))
     values, losses = use(margins, foreground, weights)
     gradient.copy_(values)
     return losses.masked_fill_(largest.isnan(), float("nan"))
@@ -95,13 +89,13 @@ def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use,
 def _long_row_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, options: Options) -> Tensor:
     """The same for one row ``(1, N)``, in pieces."""
     # The buffer of the gradient holds the margins first.
-    step = _size_of_pieces(logits.shape[1])
+    step = size_of_pieces(logits.shape[1])
     pieces = zip(*(tensor.split(step, 1) for tensor in (logits, labels, gradient)))
     measured = in_pieces(lambda piece: _measure_margins(*piece, options)[1:], pieces)
     sizes, smallest, largest = (torch.cat(each) for each in zip(*measured))
     size, smallest, largest = sizes.sum(0, keepdim=True), smallest.amin(0, keepdim=True), largest.amax(0, keepdim=True)
     floor = _floors(size, smallest, largest, options)
-    losses = _rank_long_row(gradient[0], labels[0], 1, size, floor, gradient[0], use)
+    losses = rank_long_row(gradient[0], labels[0], 1, size, floor, gradient[0], use)
     return losses.masked_fill_(largest.isnan(), float("nan"))
 
 
@@ -163,7 +157,7 @@ def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: T
     """Losses of groups of logits ``(B, C, H, W)``; their gradient overwrites a tensor."""
     batch, divisor = len(target), options.divisor(len(target))
     logits, labels = pred.flatten(2).expand(batch, -1, -1), target.flatten(1)
-    if not options.per_image and batch > 1 and logits[0].numel() < _TINY:
+    if not options.per_image and batch > 1 and logits[0].numel() < tuning.merged_below:
         # As one image, which divides into larger pieces.
         merged = logits.transpose(0, 1).flatten(1)
         parts = torch.empty_like(merged, dtype=gradient.dtype)
@@ -199,7 +193,7 @@ def _softmax_of_all(
         torch.div(parts, divisor, out=tensors[2])
         return losses.div_(divisor)
 
-    step = max(1, _PIECE // gradient[0].numel()) if options.per_image else len(target)
+    step = max(1, tuning.piece // gradient[0].numel()) if options.per_image else len(target)
     images = pred.expand(len(target), -1, -1, -1)
     return torch.cat(in_pieces(losses_of, zip(*(tensor.split(step) for tensor in (images, target, gradient)))))
 
@@ -217,7 +211,7 @@ class _SoftmaxGroup:
         # The largest error of each line of pixels, whose length divides their number.
         self.line = next(line for line in range(256, 0, -1) if count % line == 0)
         self.largest = torch.empty((batch, num_classes, count // self.line), dtype=gradient.dtype, device="cpu")
-        width = _size_of_pieces(pred.numel()) // num_classes
+        width = size_of_pieces(pred.numel()) // num_classes
         width = min(count, -(-width // self.line) * self.line)
         self.pieces = [(i, slice(j, j + width)) for i in range(batch) for j in range(0, count, width)]
 
@@ -259,15 +253,15 @@ class _SoftmaxGroup:
         def rank(place: int) -> None:
             rows = self.classes[place : place + step]
             errors = self.errors.index_select(1, rows).transpose(0, 1).flatten(1)
-            if length > 2 * _PIECE:
+            if length > 2 * tuning.piece:
                 use = partial(_scaled, factor=factors[rows])
-                _rank_long_row(errors[0], labels, int(rows), sizes[rows], floors[rows], weights[place], use)
+                rank_long_row(errors[0], labels, int(rows), sizes[rows], floors[rows], weights[place], use)
             else:
                 foreground = (labels == rows.unsqueeze(1)).view(torch.uint8)
-                ranked = _rank_rows(errors, foreground, sizes[rows], floors[rows])
+                ranked = rank_rows(errors, foreground, sizes[rows], floors[rows])
                 torch.mul(ranked, factors[rows].unsqueeze(1), out=weights[place : place + step])
 
-        step = max(1, min(_PIECE // length, -(-len(self.classes) // torch.get_num_threads())))
+        step = max(1, min(tuning.piece // length, -(-len(self.classes) // torch.get_num_threads())))
         _each(rank, range(0, len(self.classes), step), step * length)
 
     def find_alone(self, absent: Tensor, factors: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -315,7 +309,7 @@ def _scaled(errors: Tensor, foreground: Tensor, weights: Tensor, factor: Tensor)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor) -> Tensor:
+def rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor) -> Tensor:
     """Weights of the candidates in rows, and 0 elsewhere.
 
     Args:
@@ -339,7 +333,7 @@ def _rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor
     return weights
 
 
-def _rank_long_row(
+def rank_long_row(
     errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, use: Use
 ) -> Tensor:
     """Rank one long row in pieces, hand the weights to ``use``, and return the loss ``(1,)``.
@@ -356,7 +350,7 @@ def _rank_long_row(
         out: receives what ``use`` keeps, and 0 elsewhere, ``(N,)``; may be the errors.
         use: turns weights into what is kept.
     """
-    step = _size_of_pieces(len(errors))
+    step = size_of_pieces(len(errors))
     pieces = zip(range(0, len(errors), step), *(tensor.split(step) for tensor in (errors, labels, out)))
     runs = in_pieces(lambda piece: _sorted_run(*piece, label, floor, len(errors)), pieces)
     spacing = max(1, step // 64)

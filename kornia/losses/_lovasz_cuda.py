@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from . import _lovasz_sort
-from ._lovasz_bins import _NARROWEST, _bits, _narrow_bins, _num_slots, check_agreement, range_of_all
+from ._lovasz_bins import NARROWEST, count_slots, layout
+from ._lovasz_group import check_agreement, range_of_all
 from ._lovasz_options import Options
+from ._tuning import tuning
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,8 +35,6 @@ _TILE = 1 << 12
 _MIN_PROGRAMS = 1 << 9
 # More classes than that would not fit into a tile.
 _MAX_CLASSES = 1 << 11
-# Sorted pixels that a program ranks.
-_BLOCK = 1 << 11
 _INVERTED = 0x7FFFFFFF  # see _lovasz_kernels
 _LABELS = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -56,7 +55,7 @@ def can_compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
     """Whether the kernels are there for a device, and for these inputs. Where they are not, the dense form is."""
     batch, num_classes, pixels = len(target), pred.shape[1], target[:1].numel()
     rows, length = (batch * num_classes, pixels) if options.per_image else (num_classes, batch * pixels)
-    slots = 0 if options.num_bins is None else _num_slots(options.num_bins)
+    slots = 0 if options.num_bins is None else count_slots(options.num_bins)
     return (
         pred.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and target.dtype in _LABELS
@@ -66,7 +65,7 @@ def can_compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
         and rows * length > 0
         # The dense form counts many small images in several parts.
         and rows * 2 * slots <= 4 * rows * length + (1 << 24)
-        and _are_kernels_there(pred.device)
+        and are_kernels_there(pred.device)
         and (pred.dtype != torch.bfloat16 or pred.device.type == "cpu" or _capability(pred.device) >= (8, 0))
     )
 
@@ -81,22 +80,22 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _are_kernels_there(device: torch.device) -> bool:
+def are_kernels_there(device: torch.device) -> bool:
     """Whether kernels run on a device; warn, once, if they could be expected to."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and device not in _asked:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and device not in reasons:
         return False  # a graph cannot hold the question: the steps that warm it up ask it
     if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
         return False
-    if device not in _asked:
-        _asked[device] = _why_not(device)
-        if _asked[device] is not None:
-            message = f"the Lovász losses are computed without fused kernels on {device}: {_asked[device]}"
+    if device not in reasons:
+        reasons[device] = _why_not(device)
+        if reasons[device] is not None:
+            message = f"the Lovász losses are computed without fused kernels on {device}: {reasons[device]}"
             warnings.warn(message, stacklevel=2)
-    return _asked[device] is None
+    return reasons[device] is None
 
 
 # Of each device, why it has no kernels: None if it has.
-_asked: dict[torch.device, Optional[str]] = {}
+reasons: dict[torch.device, Optional[str]] = {}
 
 
 def _why_not(device: torch.device) -> Optional[str]:
@@ -198,16 +197,16 @@ def _size_of_tile(batch: int, num_classes: int, pixels: int) -> tuple[int, int]:
     return block_c, block_n
 
 
-def _launch(name: str, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
+def launch(name: str, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
     from . import _lovasz_kernels
 
     with torch.cuda.device(device if device.type == "cuda" else -1):
         getattr(_lovasz_kernels, name)[(programs,)](*args, **kwargs)
 
 
-def _slots(num_bins: int) -> dict[str, int]:
-    first, within = _narrow_bins(num_bins)
-    return {"FIRST": first, "WITHIN": within, "LAST": _bits(num_bins + 2)}
+def layout_of(num_bins: int) -> dict[str, int]:
+    """The layout of the bins as arguments of the kernels."""
+    return dict(zip(("FIRST", "WITHIN", "LAST"), layout(num_bins)))
 
 
 def _edges(ends: Sequence[Tensor], num_bins: int) -> tuple[Tensor, Tensor]:
@@ -219,8 +218,8 @@ def _edges(ends: Sequence[Tensor], num_bins: int) -> tuple[Tensor, Tensor]:
     rows, block, device = len(ends[0]), 128, ends[0].device
     edges = torch.empty((2, rows), dtype=torch.float32, device=device)
     places = torch.empty(rows, dtype=torch.int32, device=device)
-    shared = {"NARROWEST": _NARROWEST, "BLOCK": block}
-    _launch("edges_kernel", -(-rows // block), device, *ends, edges, places, rows, num_bins, **shared)
+    shared = {"NARROWEST": NARROWEST, "BLOCK": block}
+    launch("edges_kernel", -(-rows // block), device, *ends, edges, places, rows, num_bins, **shared)
     return edges, places
 
 
@@ -236,43 +235,44 @@ def _ends_of_all(ends: Tensor, options: Options, group: ProcessGroup) -> tuple[T
 
 def _ranked_by_bins(tiles: _Tiles, options: Options) -> Ranking:
     num_bins, group, device = options.num_bins or 1, options.process_group, tiles.logits.device
-    rows, slots = tiles.rows, _num_slots(num_bins)
+    rows, slots = tiles.rows, count_slots(num_bins)
     # One piece of memory, so that one launch clears it. Counts of one process fit into 32 bits.
     scratch = torch.zeros(rows * (2 + slots * (1 if group is None else 2)), dtype=torch.int64, device=device)
     ends, counts = scratch[: 2 * rows].view(2, rows), scratch[2 * rows :]
     if group is None:
         counts = counts.view(torch.int32)
-    _launch("range_kernel", tiles.programs, device, *ends, **tiles.arguments)
+    launch("range_kernel", tiles.programs, device, *ends, **tiles.arguments)
     ends = (*ends, ends[1]) if group is None else _ends_of_all(ends, options, group)
     edges, places = _edges(ends, num_bins)
-    _launch("count_kernel", tiles.programs, device, edges, counts, rows, slots, **_slots(num_bins), **tiles.arguments)
+    launch("count_kernel", tiles.programs, device, edges, counts, rows, slots, **layout_of(num_bins), **tiles.arguments)
     if group is not None:
         torch.distributed.all_reduce(counts, group=group)
     weights = torch.empty((rows, 2, slots), dtype=torch.float32, device=device)
     totals = torch.empty(rows, dtype=torch.int64, device=device)
-    _launch("weights_kernel", rows, device, counts, weights, totals, SLOTS=slots, BLOCK=1024, num_warps=4)
+    launch("weights_kernel", rows, device, counts, weights, totals, SLOTS=slots, BLOCK=1024, num_warps=4)
     return Ranking(weights, totals, edges, places)
 
 
 def _ranked_by_sorting(tiles: _Tiles, _: Options) -> Ranking:
     device, length = tiles.logits.device, tiles.length
     keys = torch.empty((tiles.rows, length), dtype=torch.float32, device=device)
-    _launch("keys_kernel", tiles.programs, device, keys, length, **tiles.arguments)
+    launch("keys_kernel", tiles.programs, device, keys, length, **tiles.arguments)
     weights, totals = torch.empty_like(keys), torch.empty(tiles.rows, dtype=torch.int64, device=device)
-    blocks, step = -(-length // _BLOCK), max(1, _lovasz_sort._SLAB // length)
+    block = tuning.ranked_by_program
+    blocks, step = -(-length // block), max(1, tuning.sorted_at_once // length)
     for first_row in range(0, tiles.rows, step):
         order = keys[first_row : first_row + step].argsort(dim=1, descending=True, stable=True)
         programs = len(order) * blocks
         is_background = torch.empty(order.shape, dtype=torch.uint8, device=device)
         backgrounds = torch.empty(programs, dtype=torch.int32, device=device)
         shared = (first_row, length, blocks)
-        _launch(
+        launch(
             "backgrounds_kernel", programs, device, order, is_background, backgrounds, *shared, tiles.labels,
-            **tiles.of_labels, BLOCK=_BLOCK,
+            **tiles.of_labels, BLOCK=block,
         )  # fmt: skip
         backgrounds = backgrounds.view(-1, blocks).cumsum(1, dtype=torch.int32)
         ranked = (order, is_background, backgrounds, weights, totals)
-        _launch("ranks_kernel", programs, device, *ranked, *shared, BLOCK=_BLOCK)
+        launch("ranks_kernel", programs, device, *ranked, *shared, BLOCK=block)
     return Ranking(weights, totals)
 
 
@@ -311,7 +311,7 @@ def _apply(
         "NUM_CLASSES": num_classes if is_list else 1,
         "WEIGHTED": weight is not None,
         "GRADIENT": gradient is not None,
-        **_slots(num_bins or 1),
+        **layout_of(num_bins or 1),
         **tiles.arguments,
     }
-    _launch("apply_kernel", tiles.programs, weights.device, *ranking, **arguments)
+    launch("apply_kernel", tiles.programs, weights.device, *ranking, **arguments)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Optional
 
 import torch
@@ -13,11 +12,7 @@ from . import _lovasz_cpu, _lovasz_cuda, _lovasz_dense
 from ._eager import is_batched, is_compiled, is_dual, is_eager
 from ._lovasz_group import SumOfAll
 from ._lovasz_options import Options
-
-# With fewer logits, handing them to another thread takes longer than it spares.
-_MIN_CPU = 1 << 16
-# The fused kernels have not run on a GPU yet: they compute where someone asks for them.
-_KERNELS = os.environ.get("KORNIA_LOVASZ_KERNELS") == "1"
+from ._tuning import tuning
 
 
 def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
@@ -30,20 +25,26 @@ def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
       weight that requires a gradient, and labels that do (gradcheck perturbs them).
     """
     learns = target.requires_grad or (weight is not None and weight.requires_grad)
-    if all(is_eager(x) and not is_dual(x) for x in (pred, target, weight) if x is not None) and not learns:
+    tensors = [x for x in (pred, target, weight) if x is not None]
+    if tuning.eager_forms and all(is_eager(x) and not is_dual(x) for x in tensors) and not learns:
         # Autograd cannot save tensors made in inference mode, such as labels that a teacher has predicted.
         target = target.clone() if target.is_inference() and not torch.is_inference_mode_enabled() else target
         form = _Fused if _has_kernels(pred, target, weight, options) else _Eager
         loss = form.apply(pred, target, weight, options)
-    elif is_compiled() and (pred.device.type == "cpu" or _KERNELS) and options.process_group is None and not learns:
+    elif is_compiled() and _needs_operator(pred) and options.process_group is None and not learns:
         loss = _operator(pred, target, weight, *options.for_operator())[0]
     else:
         loss = options.reduce(_lovasz_dense.losses_and_gradient(pred, target, weight, options)[0])
     return loss if options.process_group is None else SumOfAll.apply(loss, options.process_group)
 
 
+def _needs_operator(pred: Tensor) -> bool:
+    """Whether a graph cannot hold the form for a device."""
+    return pred.device.type == "cpu" or tuning.kernels
+
+
 def _has_kernels(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> bool:
-    return _KERNELS and _lovasz_cuda.can_compute(pred, target, weight, options)
+    return tuning.kernels and _lovasz_cuda.can_compute(pred, target, weight, options)
 
 
 def _compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def _compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Op
         one = torch.ones_like(loss)
         return loss, _lovasz_cuda.gradient(pred, target, weight, options, ranking, one, one.dtype)
     is_exact_on_cpu = pred.device.type == "cpu" and options.num_bins is None
-    form = _lovasz_cpu if is_exact_on_cpu and pred.numel() >= _MIN_CPU else _lovasz_dense
+    form = _lovasz_cpu if is_exact_on_cpu and pred.numel() >= tuning.cpu_from else _lovasz_dense
     losses, gradient = form.losses_and_gradient(pred.detach(), target, weight, options)
     return options.reduce(losses), gradient
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ._eager import is_eager
 from ._lovasz import jaccard_weights
+from ._tuning import tuning
 
-# Errors sorted at a time by the dense form, unless one row is longer: they take about 40 bytes each.
-_SLAB = 1 << 22
 # PyTorch sorts integers by digits from this length on, and shorter vectors by comparison. Padding a vector to this
 # length is faster from a fifth of it.
 _MIN_DIGITS = 1 << 15
@@ -25,8 +24,8 @@ def sorted_weights(errors: Tensor, foreground: Tensor) -> Tensor:
     background pixel is 0, unless there is no valid pixel at all. The foreground is bool or bytes.
     """
     length = errors.shape[1]
-    if is_eager(errors) and errors.numel() > max(_SLAB, length):
-        step = max(1, _SLAB // length)
+    if is_eager(errors) and errors.numel() > max(tuning.sorted_at_once, length):
+        step = max(1, tuning.sorted_at_once // length)
         return torch.cat([sorted_weights(*part) for part in zip(errors.split(step), foreground.split(step))])
     if is_eager(errors) and errors.device.type == "cpu" and errors.numel() > _MIN_DIGITS // 2:
         return weights_of_rows(errors, foreground, order_of_rows(errors))

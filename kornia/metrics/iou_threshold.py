@@ -21,15 +21,12 @@ from kornia.losses._eager import is_eager
 from kornia.losses._labels import binary_labels, check_pair
 from kornia.losses._lovasz_options import check_ignore_index
 from kornia.losses._threads import in_pieces
+from kornia.losses._tuning import tuning
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _NUM_CELLS = 1 << 16
-# With fewer pixels it is faster to look at all of them.
-_MIN_CELLS = 1 << 16
-# Pixels handled at a time.
-_PIECE = 1 << 18
 
 
 Pixels = tuple[Tensor, Tensor]  # logits, at least float32, and where the foreground is, both (N,)
@@ -37,7 +34,7 @@ Pixels = tuple[Tensor, Tensor]  # logits, at least float32, and where the foregr
 
 def _in_pieces(work: Callable[[Any], Any], *tensors: Tensor) -> list[Any]:
     """Work on so many pixels at a time: on the CPU by threads, each piece by one."""
-    pieces = zip(*(tensor.split(_PIECE) for tensor in tensors))
+    pieces = zip(*(tensor.split(tuning.metric_piece) for tensor in tensors))
     return in_pieces(work, pieces) if tensors[0].device.type == "cpu" else [work(piece) for piece in pieces]
 
 
@@ -114,14 +111,14 @@ def _count_above(pred: Tensor, target: Tensor, ignore_index: Optional[int], thre
     held = thresholds.to(torch.promote_types(pred.dtype, torch.float32))
     held = torch.where(held > thresholds, held.nextafter(torch.full_like(held, float("-inf"))), held)
     held = held.masked_fill(held.isnan(), float("inf"))  # which sorts, and which nothing is above
-    if not (is_eager(pred) and is_eager(target)):
+    if not (tuning.eager_forms and is_eager(pred) and is_eager(target)):
         logits, foreground, valid = _with_mask(pred, target, ignore_index)
         columns = torch.cat([torch.ones_like(foreground)[None], logits.isnan()[None], logits > held[:, None]])
         rows = torch.stack([~foreground, foreground])
         return ((rows if valid is None else rows & valid)[:, None] & columns).sum(-1)
 
     ascending, order = held.sort()
-    count = partial(_count_between if len(pred) < _MIN_CELLS else _count_by_cells, ascending=ascending)
+    count = partial(_count_between if len(pred) < tuning.cells_from else _count_by_cells, ascending=ascending)
 
     def count_piece(piece: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, foreground = _prepare(piece, ignore_index)
@@ -159,7 +156,7 @@ def _optimal_interval(pieces: list[Pixels]) -> tuple[float, float, Tensor]:
     """Find the best thresholds: from ``lower``, included, to ``upper``, excluded; and their IoU, 0-d float64."""
     total = torch.stack([foreground.count_nonzero() for _, foreground in pieces]).sum()
     skipped = None
-    if sum(len(logits) for logits, _ in pieces) >= _MIN_CELLS:
+    if sum(len(logits) for logits, _ in pieces) >= tuning.cells_from:
         pieces, skipped = _candidates(pieces)
     # Few pixels are left, and threads that share each operation would wait for each other.
     search = partial(_optimal_of, total=total, skipped=skipped)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kornia.losses._lovasz_bins import _num_slots, _slots
+from kornia.losses._lovasz_bins import count_slots, slots_at
 
 from testing import lovasz
 from testing.lovasz import (
@@ -77,13 +77,13 @@ class TestSlots(LovaszTester):
         dtype = torch.promote_types(dtype, torch.float32)
         inner = torch.cat([torch.logspace(-30, 0, 500), torch.linspace(0, 1, 5000)]).sort().values * (num_bins + 0.5)
         below, above = torch.tensor([float("-inf"), -1.0, 0.0]), torch.tensor([num_bins + 1.01, float("inf")])
-        slots = _slots(torch.cat([below, inner[inner > 0], above]).to(device, dtype), num_bins)
-        last = _num_slots(num_bins) - 1
+        slots = slots_at(torch.cat([below, inner[inner > 0], above]).to(device, dtype), num_bins)
+        last = count_slots(num_bins) - 1
         assert slots[:3].tolist() == [0, 0, 0]
         assert slots[3] == 1
         assert slots[-3] < slots[-2] <= slots[-1] == last
         assert (slots.diff() >= 0).all()
-        nan = _slots(torch.tensor([float("nan"), -float("nan")], device=device, dtype=dtype), num_bins)
+        nan = slots_at(torch.tensor([float("nan"), -float("nan")], device=device, dtype=dtype), num_bins)
         assert ((nan >= 0) & (nan <= last)).all()
 
 

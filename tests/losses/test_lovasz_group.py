@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kornia.losses import _lovasz_bins, lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
+from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 from kornia.losses._lovasz_group import check_agreement
 from kornia.losses._lovasz_options import Options
+from kornia.losses._tuning import tuning
 
 from testing.base import BaseTester
 from testing.lovasz import INTERPRETED, RTOL
@@ -77,7 +78,7 @@ def join_group(rank, ranks, folder, seconds=60):
 def train_in_group(rank, ranks, folder):
     join_group(rank, ranks, folder)
     # So small a slab would be less than the table of a row: rows that processes share must not be divided for that.
-    _lovasz_bins._slab_size = lambda errors: 10
+    tuning.counted_at_once = 10
     results = []
     for case in CASES:
         model = torch.nn.parallel.DistributedDataParallel(make_model(case))

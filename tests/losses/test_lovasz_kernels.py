@@ -8,16 +8,16 @@ import contextlib
 import math
 import re
 import subprocess
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kornia.losses import _lovasz_cuda, _lovasz_dispatch
-from kornia.losses._lovasz_bins import _num_slots, _slots, _weights
+from kornia.losses import _lovasz_cuda
+from kornia.losses._lovasz_bins import count_slots, slots_at, weights_of_slots
 from kornia.losses._lovasz_options import Options
+from kornia.losses._tuning import tuning
 
 from testing.base import BaseTester
 from testing.lovasz import HINGE, INTERPRETED, NAN, OPTIONS, SIGMOID, SOFTMAX, force_form, make_inputs, value_and_grad
@@ -68,14 +68,14 @@ class Launches(TorchDispatchMode):
 
     def __init__(self, monkeypatch) -> None:
         super().__init__()
-        self.names, launch = [], _lovasz_cuda._launch
+        self.names, launch = [], _lovasz_cuda.launch
 
         def counted(name, *args, **kwargs):
             self.names.append(name)
             with torch.utils._python_dispatch._disable_current_modes():
                 launch(name, *args, **kwargs)
 
-        monkeypatch.setattr(_lovasz_cuda, "_launch", counted)
+        monkeypatch.setattr(_lovasz_cuda, "launch", counted)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -114,7 +114,7 @@ if PLACES:
         def test_feature_launches(self, loss, options, bins, place, monkeypatch):
             pred, target = make_inputs(loss, place, torch.float32, ignored=options.get("ignore_index"))
             pred.requires_grad_()
-            monkeypatch.setattr("kornia.losses._lovasz_sort._SLAB", 1 << 20)
+            monkeypatch.setattr(tuning, "sorted_at_once", 1 << 20)
             loss(pred, target, num_bins=bins, **options)  # asks once whether kernels are there
             with Launches(monkeypatch) as launches:
                 value = loss(pred, target, num_bins=bins, **options)
@@ -146,8 +146,8 @@ if PLACES:
             pred, target = make_inputs(SOFTMAX, place, torch.float32, (2, 40, 60))
             expected = value_and_grad(SOFTMAX, pred, target)
             for slab, block in ((1, 128), (5000, 512)):
-                monkeypatch.setattr("kornia.losses._lovasz_sort._SLAB", slab)
-                monkeypatch.setattr(_lovasz_cuda, "_BLOCK", block)
+                monkeypatch.setattr(tuning, "sorted_at_once", slab)
+                monkeypatch.setattr(tuning, "ranked_by_program", block)
                 self.assert_close(value_and_grad(SOFTMAX, pred, target), expected, rtol=1e-6, atol=1e-9)
 
         @pytest.mark.parametrize("wrong", [-1, 4, 2**32, -(2**31)])
@@ -171,21 +171,21 @@ if PLACES:
             for low, scale in ((0.0, num_bins + 0.5), (0.25, 2.0 * num_bins), (3.4e38, 2.0**100)):
                 slots = torch.empty(errors.shape, dtype=torch.int32, device=place)
                 slots_kernel[(1,)](
-                    errors, slots, low, scale, len(errors), **_lovasz_cuda._slots(num_bins), BLOCK=8192
+                    errors, slots, low, scale, len(errors), **_lovasz_cuda.layout_of(num_bins), BLOCK=8192
                 )  # fmt: skip
-                expected = _slots((errors - low) * scale, num_bins)
+                expected = slots_at((errors - low) * scale, num_bins)
                 assert torch.equal(slots, expected)
 
         @pytest.mark.parametrize("num_bins", [1, 33, 1024, 5000])
         def test_feature_weights_of_slots(self, num_bins, place):
-            slots = _num_slots(num_bins)
+            slots = count_slots(num_bins)
             counts = torch.randint(0, 3, (4, 2, slots), dtype=torch.int32).to(place)
             counts[0, 1] = 0
             counts[1] *= 1 << 17
             counts[2] = 0
             weights, totals = torch.empty(counts.shape, device=place), torch.empty(4, dtype=torch.int64, device=place)
-            _lovasz_cuda._launch("weights_kernel", 4, weights.device, counts, weights, totals, SLOTS=slots, BLOCK=1024)
-            expected, total = _weights(counts.long(), torch.float32)
+            _lovasz_cuda.launch("weights_kernel", 4, weights.device, counts, weights, totals, SLOTS=slots, BLOCK=1024)
+            expected, total = weights_of_slots(counts.long(), torch.float32)
             assert torch.equal(totals, total)
             self.assert_close(weights, expected, rtol=3e-7, atol=0.0)
 
@@ -200,51 +200,6 @@ if PLACES:
         tl.store(slots + i, _slots_of(x, low, scale, FIRST, WITHIN, LAST), mask=i < count)
 
     from kornia.losses._lovasz_kernels import _slots_of
-
-
-class TestWithoutKernels(BaseTester):
-    """Where something is missing, one warning says so, and the loss is what it is without kernels."""
-
-    @pytest.fixture(autouse=True)
-    def asked_for(self, monkeypatch):
-        monkeypatch.setattr(_lovasz_dispatch, "_KERNELS", True)
-        monkeypatch.setattr(_lovasz_cuda, "is_interpreted", lambda: True)
-        monkeypatch.setattr(_lovasz_cuda, "_asked", {})
-
-    def test_feature_says_why(self, monkeypatch):
-        def launch(*args, **kwargs):
-            raise ModuleNotFoundError("No module named 'triton'")
-
-        monkeypatch.setattr(_lovasz_cuda, "_launch", launch)
-        pred, target = make_inputs(SOFTMAX, "cpu", torch.float32)
-        with pytest.warns(UserWarning, match="without fused kernels on cpu: ModuleNotFoundError: No module named"):
-            first = value_and_grad(SOFTMAX, pred, target)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            second = value_and_grad(SOFTMAX, pred, target)
-        monkeypatch.setattr(_lovasz_dispatch, "_KERNELS", False)
-        self.assert_close((first, second), (value_and_grad(SOFTMAX, pred, target),) * 2, rtol=0.0, atol=0.0)
-
-    @pytest.mark.parametrize(
-        "wrong", ["float64 logits", "float64 weight", "unsigned labels", "classes", "tables", "no pixel"]
-    )
-    def test_feature_leaves_to_the_dense_form(self, wrong, monkeypatch):
-        monkeypatch.setattr(_lovasz_cuda, "_are_kernels_there", lambda device: True)
-        pred, target, weight, bins = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long), None, 64
-        assert _lovasz_cuda.can_compute(pred, target, weight, Options("softmax", num_bins=bins, classes="all"))
-        if wrong == "float64 logits":
-            pred = pred.double()
-        elif wrong == "float64 weight":
-            weight = torch.ones(3, dtype=torch.float64)
-        elif wrong == "unsigned labels":
-            target = target.to(torch.uint64)
-        elif wrong == "classes":
-            pred = torch.zeros(2, 2049, 4, 5)
-        elif wrong == "tables":  # larger by far than the images
-            pred, target, bins = torch.zeros(200, 3, 4, 5), torch.zeros(200, 4, 5, dtype=torch.long), 1 << 16
-        else:
-            pred, target = pred[:0], target[:0]
-        assert not _lovasz_cuda.can_compute(pred, target, weight, Options("softmax", num_bins=bins, classes="all"))
 
 
 class Card:
@@ -287,7 +242,7 @@ if not INTERPRETED:
         ])  # fmt: skip
         def test_feature_without_spills(self, name, shape, capability, monkeypatch):
             launched = []
-            monkeypatch.setattr(_lovasz_cuda, "_launch", lambda *args, **kwargs: launched.append((args, kwargs)))
+            monkeypatch.setattr(_lovasz_cuda, "launch", lambda *args, **kwargs: launched.append((args, kwargs)))
             half = torch.bfloat16 if capability >= 80 else torch.float16  # which older cards do not have
             pred = torch.empty(shape, device="meta", dtype=half if name == "sigmoid" else torch.float32)
             target = torch.empty((shape[0], *shape[2:]), device="meta", dtype=torch.int64)

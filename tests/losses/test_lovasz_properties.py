@@ -10,13 +10,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
+import hypothesis
 import torch
+from hypothesis import strategies as st
 
 from testing.lovasz import HINGE, INF, NAN, RTOL, SOFTMAX, LovaszTester, each_loss, oracle, value_and_grad
-
-hypothesis = pytest.importorskip("hypothesis", reason="draws the inputs")
-st = hypothesis.strategies
 
 # The forms that a test runs with are set before its first example and hold for all.
 _CHECKS = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.differing_executors]

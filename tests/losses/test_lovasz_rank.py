@@ -65,7 +65,7 @@ class TestRank:
         """They have the weights that they have among all, and the others have 0."""
         errors, foreground, expected = make_rows(kind, shape, dtype)
         floors = errors.sort(1, descending=True).values[:, math.ceil(share * (shape[1] - 1))]
-        weights = _lovasz_cpu._rank_rows(errors, foreground.view(torch.uint8), foreground.sum(1), floors)
+        weights = _lovasz_cpu.rank_rows(errors, foreground.view(torch.uint8), foreground.sum(1), floors)
         expected = expected * (errors >= floors[:, None])
         torch.testing.assert_close(weights, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
@@ -73,11 +73,11 @@ class TestRank:
     @pytest.mark.parametrize("piece", [1 << 10, 1 << 17])
     def test_candidates_of_a_long_row(self, kind, shape, dtype, piece, share, monkeypatch):
         """So they have however the row is divided; the weights may overwrite the errors."""
-        monkeypatch.setattr(_lovasz_cpu, "_size_of_pieces", lambda errors: piece)
+        monkeypatch.setattr(_lovasz_cpu, "size_of_pieces", lambda errors: piece)
         for errors, foreground, expected in list(zip(*make_rows(kind, shape, dtype)))[:3]:
             floor = errors.sort(descending=True).values[math.ceil(share * (shape[1] - 1))]
             out = errors.clone()
-            loss = _lovasz_cpu._rank_long_row(out, foreground, True, foreground.sum(), floor, out, use)
+            loss = _lovasz_cpu.rank_long_row(out, foreground, True, foreground.sum(), floor, out, use)
             torch.testing.assert_close(out, expected * (errors >= floor), rtol=4 * torch.finfo(dtype).eps, atol=0.0)
             assert loss == foreground[errors >= floor].sum()
 

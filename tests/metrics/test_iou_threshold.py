@@ -12,6 +12,7 @@ import torch
 from kornia.core._compat import torch_version_ge
 from kornia.core.exceptions import ShapeError, TypeCheckError
 from kornia.losses import lovasz_hinge_loss
+from kornia.losses._tuning import tuning
 from kornia.metrics import IoUThresholdSearch, best_iou_threshold, iou_at_thresholds, mean_iou
 
 from testing.base import BaseTester
@@ -90,16 +91,16 @@ def make_odd_inputs(device, dtype, seed):
 @pytest.fixture(autouse=True, params=["cells", "every pixel"])
 def counting(request, monkeypatch):
     """Small inputs are counted by cells too, in several pieces."""
-    monkeypatch.setattr("kornia.metrics.iou_threshold._MIN_CELLS", 0 if request.param == "cells" else INF)
-    monkeypatch.setattr("kornia.metrics.iou_threshold._PIECE", 9)
+    monkeypatch.setattr(tuning, "cells_from", 0 if request.param == "cells" else INF)
+    monkeypatch.setattr(tuning, "metric_piece", 9)
     if request.param == "dense":  # the form that is compiled
-        monkeypatch.setattr("kornia.metrics.iou_threshold.is_eager", lambda logits: False)
+        monkeypatch.setattr(tuning, "eager_forms", False)
 
 
 @pytest.fixture
 def large_pieces(monkeypatch, counting):
     """Inputs that are not small would take long in tiny pieces."""
-    monkeypatch.setattr("kornia.metrics.iou_threshold._PIECE", 25_000)
+    monkeypatch.setattr(tuning, "metric_piece", 25_000)
 
 
 in_every_form = pytest.mark.parametrize("counting", ["cells", "every pixel", "dense"], indirect=True)
