@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the logits to the reduced loss: which form computes it, and how it is differentiated."""
+"""Choose the form (the implementation) that computes a reduced loss, and how it is differentiated."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ._tuning import tuning
 
 
 def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
-    """Reduced loss of logits ``(B, C, H, W)``, at least float32.
+    """Return the reduced loss of logits ``(B, C, H, W)``, in float32 or wider.
 
     - Eager code computes the loss and its gradient together.
-    - Compiled code does the same through an operator where a graph cannot hold the form: that of the CPU branches on
-      values, and fused kernels are no operations of PyTorch.
-    - All else differentiates the dense form by autograd: functorch, other compiled code, forward-mode tangents, a
-      weight that requires a gradient, and labels that do (gradcheck perturbs them).
+    - Compiled code does the same through a custom operator where a form cannot be traced into a graph: the CPU form
+      branches on values, and the fused kernels are not PyTorch operations.
+    - Everything else differentiates the dense form by autograd: functorch, other compiled code, forward-mode tangents,
+      a weight that requires a gradient, and labels that do (gradcheck perturbs them).
     """
     learns = target.requires_grad or (weight is not None and weight.requires_grad)
     tensors = [x for x in (pred, target, weight) if x is not None]
     if tuning.eager_forms and all(is_eager(x) and not is_dual(x) for x in tensors) and not learns:
-        # Autograd cannot save tensors made in inference mode, such as labels that a teacher has predicted.
+        # Autograd cannot save tensors made in inference mode, such as labels predicted by a teacher network.
         target = target.clone() if target.is_inference() and not torch.is_inference_mode_enabled() else target
         form = _Fused if _has_kernels(pred, target, weight, options) else _Eager
         loss = form.apply(pred, target, weight, options)
@@ -39,7 +39,7 @@ def lovasz_loss(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
 
 
 def _needs_operator(pred: Tensor) -> bool:
-    """Whether a graph cannot hold the form for a device."""
+    """Whether the form for the device of ``pred`` cannot be traced into a graph."""
     return pred.device.type == "cpu" or tuning.kernels
 
 
@@ -48,7 +48,7 @@ def _has_kernels(pred: Tensor, target: Tensor, weight: Optional[Tensor], options
 
 
 def _compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-    """Reduced loss, and the gradient of the sum of the losses ``(B, C, N)``, in eager code."""
+    """Compute the reduced loss and the gradient ``(B, C, N)`` of the sum of the losses, in eager code."""
     if _has_kernels(pred, target, weight, options):
         loss, ranking = _lovasz_cuda.loss_and_ranking(pred, target, weight, options)
         one = torch.ones_like(loss)
@@ -60,7 +60,7 @@ def _compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Op
 
 
 class _Eager(torch.autograd.Function):
-    """Reduced loss whose gradient is computed along with it."""
+    """Reduced loss that computes its gradient in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
@@ -81,20 +81,20 @@ class _Eager(torch.autograd.Function):
             return _derived(*ctx.saved_tensors, ctx.options, grad_loss)
         gradient = ctx.gradient
         if ctx.options.process_group is not None:
-            # Kept, so that a second backward does not wait for other processes, which may not run one.
+            # Keep the gradient: recomputing it needs the other processes, which may not run a second backward.
             return _as_pred(gradient * grad_loss.view(-1, 1, 1), ctx.shape, ctx.dtype)
-        # Handed out without a copy. A second backward computes it again.
+        # Return the gradient without a copy. A second backward computes it again.
         ctx.gradient = None
         if gradient is None:
             gradient = _compute(*ctx.saved_tensors, ctx.options)[1]
-        # The factor is usually 1, as the gradient includes the divisor of the mean.
+        # The factor is usually 1, because the gradient includes the divisor of the mean.
         if gradient.device.type != "cpu" or grad_loss.numel() != 1 or grad_loss.item() != 1:
             gradient.mul_(grad_loss.view(-1, 1, 1))
         return _as_pred(gradient, ctx.shape, ctx.dtype)
 
 
 class _Fused(torch.autograd.Function):
-    """Reduced loss by fused kernels, whose gradient is computed in the backward pass."""
+    """Reduced loss from fused kernels, which compute the gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> Tensor:
@@ -110,7 +110,7 @@ class _Fused(torch.autograd.Function):
         (grad_loss,) = grad_outputs
         if _is_derived(grad_loss):
             return _derived(pred, target, weight, ctx.options, grad_loss), None, None, None
-        is_one_image = len(pred) != len(target)  # whose gradient is a sum over the images of labels
+        is_one_image = len(pred) != len(target)  # its gradient is a sum over the images of target, in float32
         dtype = torch.float32 if is_one_image else pred.dtype
         inputs = pred.detach(), target, weight, ctx.options
         gradient = _lovasz_cuda.gradient(*inputs, _lovasz_cuda.Ranking(*ranking), grad_loss, dtype)
@@ -118,12 +118,12 @@ class _Fused(torch.autograd.Function):
 
 
 def _is_derived(grad_loss: Tensor) -> bool:
-    """Whether a derivative of the gradient is asked for, or many gradients at once."""
+    """Whether the backward pass must itself be differentiable or handle a batch of gradients."""
     return torch.is_grad_enabled() or is_batched(grad_loss) or is_dual(grad_loss)
 
 
 def _derived(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options, grad_loss: Tensor) -> Tensor:
-    """The gradient by autograd from the dense form, itself differentiable."""
+    """Compute the gradient from the dense form by autograd, so that it can be differentiated again."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         loss = options.reduce(_lovasz_dense.losses_and_gradient(pred, target, weight, options)[0])
@@ -131,7 +131,7 @@ def _derived(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Op
 
 
 def _as_pred(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A gradient ``(B, C, N)`` in the shape and dtype of the logits, which may be one image for all labels."""
+    """Convert a gradient ``(B, C, N)`` to the shape and dtype of the logits, which may be one image for all labels."""
     if gradient.shape[0] != shape[0]:
         gradient = gradient.sum(0, keepdim=True)
     return gradient.view(shape).to(dtype)
@@ -162,6 +162,7 @@ def _operator(
     classes: Optional[str],
     indices: Optional[list[int]],
 ) -> tuple[Tensor, Tensor]:
+    """Compute the reduced loss and its gradient in eager code, as one node of a compiled graph."""
     options = _options(loss, ignore_index, per_image, reduction, num_bins, classes, indices)
     value, gradient = _compute(pred, target, weight, options)
     return value, gradient.contiguous()
@@ -189,7 +190,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad_loss: Tensor, _: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
     gradient, pred, target, weight = ctx.saved_tensors
-    if torch.is_grad_enabled():  # for a second derivative
+    if torch.is_grad_enabled():  # a second derivative is needed
         result = _derived(pred, target, weight, _options(*ctx.settings), grad_loss)
     else:
         result = _as_pred(gradient * grad_loss.view(-1, 1, 1), pred.shape, pred.dtype)
