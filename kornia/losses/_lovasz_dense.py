@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Lovász losses from every pixel, in plain PyTorch: on any device, compiled, under autograd and functorch.
+"""The Lovász losses in plain PyTorch, ranking every pixel: on any device, compiled, under autograd and functorch.
 
-Ranking needs no autograd graph, as the weights depend on the order of the errors only. Given the weights, the losses
-here are expressions of the logits that autograd can differentiate as often as it likes; the first gradient is computed
-beside them, for those who need no graph.
+Ranking needs no autograd graph, because the weights depend only on the order of the errors. With the weights fixed, the
+losses are expressions of the logits that autograd can differentiate any number of times. The first gradient is computed
+along with them, for callers that need no graph.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ._lovasz_sort import sorted_weights
 def losses_and_gradient(
     pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Losses of the groups, which include the divisor of the mean, and the gradient of their sum ``(B, C, N)``.
+    """Compute the losses of the groups, already divided for the mean, and the gradient ``(B, C, N)`` of their sum.
 
     Args:
         pred: logits ``(B, C, H, W)`` of any real dtype.
         target: labels ``(B, H, W)``.
         weight: factor of each class ``(C,)`` or None.
-        options: what is asked for.
+        options: settings of the loss.
     """
     logits = pred.flatten(2).to(options.dtype_of(pred, weight))
     labels = target.flatten(1).unsqueeze(1)
@@ -41,23 +41,26 @@ def losses_and_gradient(
 
 
 def _single_class(logits: Tensor, labels: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Lovász hinge (Yu and Blaschko 2015; Berman et al. 2018, section 2.2) or sigmoid loss: the part of each image.
+    """Lovász hinge loss (Yu and Blaschko 2015; Berman et al. 2018, section 2.2) or sigmoid loss.
 
     Args:
         logits: float32 or float64 ``(B, 1, N)``.
         labels: ``(B, 1, N)``.
-        options: what is asked for.
+        options: settings of the loss.
+
+    Returns:
+        the part of each image in the loss ``(B,)``, and the gradient of their sum ``(B, 1, N)``.
     """
     foreground, valid = binary_labels(labels, options.ignore_index)
     signs = torch.where(foreground, -1.0, 1.0).to(logits.dtype)
-    # Errors ascend with the margins. Ranking the margins spares the order the rounding of the errors.
+    # Margins have the same order as errors. Ranking them keeps the rounding of the errors out of the order.
     margins = signs * logits
     if valid is not None:
         margins = margins.masked_fill(~valid, float("-inf"))
     errors = (1.0 + margins).relu() if options.loss == "hinge" else margins.sigmoid()
     ranked = errors if options.num_bins is not None else margins
     weights = _rank(ranked.detach(), foreground, options)[0].div_(options.divisor(logits.shape[0]))
-    # The product of no weight and an infinite error would be nan. An error that is nan must stay.
+    # A weight of 0 times an infinite error would be nan. Errors that are nan must stay nan.
     counted = errors.masked_fill((weights == 0) & errors.isinf(), 0.0)
     gradient, fixed = signs * weights, errors.detach()
     gradient = gradient.masked_fill(fixed <= 0, 0.0) if options.loss == "hinge" else gradient * fixed * (1.0 - fixed)
@@ -65,18 +68,22 @@ def _single_class(logits: Tensor, labels: Tensor, options: Options) -> tuple[Ten
 
 
 def _softmax(logits: Tensor, labels: Tensor, weight: Optional[Tensor], options: Options) -> tuple[Tensor, Tensor]:
-    """Lovász-Softmax loss (Berman et al. 2018, section 3.2): the part of each image.
+    """Lovász-Softmax loss (Berman et al. 2018, section 3.2).
 
-    The error of class ``c`` is its probability where the label differs and, where the label is ``c``, the sum of the
-    other probabilities, which is exact where ``1 - p`` would round to 0. For the same reason, a foreground weight is
-    applied to the other probabilities of its pixel: the loss becomes ``sum(p * h)`` over the classes that are not the
-    label, with ``h`` the background weight there plus the foreground weight of the pixel. Nothing cancels in that.
+    The error of class ``c`` is its probability on pixels with another label. On pixels labelled ``c``, it is the sum of
+    the other probabilities, which stays accurate where ``1 - p`` would round to 0. For the same reason, the foreground
+    weight of a pixel is applied to its other probabilities: the loss becomes ``sum(p * h)`` over the classes that are
+    not the label, where ``h`` is the background weight of the class plus the foreground weight of the pixel. Nothing
+    cancels in this form.
 
     Args:
         logits: float32 or float64 ``(B, C, N)``.
         labels: ``(B, 1, N)``.
         weight: factor of each class ``(C,)`` or None.
-        options: what is asked for.
+        options: settings of the loss.
+
+    Returns:
+        the part of each image in the loss ``(B,)``, and the gradient of their sum ``(B, C, N)``.
     """
     batch, num_classes, _ = logits.shape
     labels, valid = class_labels(labels, num_classes, options.ignore_index)
@@ -101,9 +108,9 @@ def _softmax(logits: Tensor, labels: Tensor, weight: Optional[Tensor], options: 
 
 
 def _rank(errors: Tensor, foreground: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Weights ``(B, C, N)`` of errors, or of what ascends with them, and foreground sizes ``(groups, C)``."""
+    """Compute the weights ``(B, C, N)`` of errors or margins, and the foreground sizes ``(groups, C)``."""
     num_classes = errors.shape[1]
-    axis = 0 if options.per_image else 1  # the classes come before the images of their group
+    axis = 0 if options.per_image else 1  # in a row, the images of a batch-wide group follow each other
 
     def rows(tensor: Tensor) -> Tensor:
         return tensor.flatten(0, 1) if options.per_image else tensor.transpose(0, 1).flatten(1)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What crosses processes: the batches of a ``torch.distributed`` process group are scored as one batch.
+"""Communication between processes: the batches of a ``torch.distributed`` process group are scored as one batch.
 
-Errors stay where they are. Between the passes of counting them in bins, the processes exchange the range of each row,
-then the counts, and at the end the parts of the loss. All but the last are integers, so each process has the same.
+Errors stay in their process. To count them in bins, the processes exchange first the range of each row, then the
+counts, and finally their parts of the loss. Ranges and counts are exchanged as integers, so they are the same in every
+process.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def check_agreement(errors: Tensor, options: Options) -> None:
-    """Raise in all processes unless they compute the same loss; only on the CPU, as CUDA would wait for the device.
+    """Raise in all processes unless they compute the same loss. On CUDA, do nothing: it would wait for the device.
 
     Args:
-        errors: of the rows of this process ``(R, N)``.
-        options: what is asked for.
+        errors: errors of the rows of this process ``(R, N)``.
+        options: settings of the loss.
     """
     if errors.device.type != "cpu":
         return
@@ -44,14 +45,17 @@ def check_agreement(errors: Tensor, options: Options) -> None:
 
 
 def range_of_all(smallest: Tensor, largest: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """The range of the errors of each row over all processes, and whether the largest is here, bool ``(R,)``.
+    """Compute the range of the errors of each row over all processes.
 
     Args:
-        smallest: of the foreground in this process, float32 ``(R, 1)``.
-        largest: of the background, float32 ``(R, 1)``.
+        smallest: smallest error of the foreground in this process, float32 ``(R, 1)``.
+        largest: largest error of the background in this process, float32 ``(R, 1)``.
         group: the processes.
+
+    Returns:
+        the smallest and the largest error, and whether this process owns the largest, bool ``(R,)``.
     """
-    # The order of positive numbers is the order of their bits. Of equal ones, the process of the highest rank wins.
+    # Positive floats have the order of their bits. The lower bits hold the rank, so that one process wins a tie.
     own = (largest.view(torch.int32).to(torch.int64) << 32) + torch.distributed.get_rank(group)
     ends = torch.stack([own, -smallest.view(torch.int32).to(torch.int64)])
     torch.distributed.all_reduce(ends, ReduceOp.MAX, group=group)
@@ -60,10 +64,10 @@ def range_of_all(smallest: Tensor, largest: Tensor, group: ProcessGroup) -> tupl
 
 
 class SumOfAll(torch.autograd.Function):
-    """The sum over the processes of a group, the same in each.
+    """Sum over the processes of a group, the same in each process.
 
-    Its gradient is that of the part of this process times the number of processes. Where the gradients of the
-    processes are averaged, as DistributedDataParallel does, that makes it the gradient of the sum.
+    The backward pass multiplies the gradient by the number of processes. When the gradients of the processes are
+    averaged, as by DistributedDataParallel, the result is then the gradient of the sum.
     """
 
     @staticmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Lovász losses can be asked for, and the base of their modules."""
+"""The settings of the Lovász losses, and the base class of their modules."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# The tables of more bins would outgrow the images.
+# With more bins, the tables of counts would be larger than most images.
 _MAX_BINS = 1 << 16
 
 
 def as_integer(value: Any) -> Optional[int]:
-    """Return an integer of any library as an int, and None for everything else, bool included."""
+    """Convert an integer of any library to int. Return None for everything else, including bool."""
     if isinstance(value, int):
         return None if isinstance(value, bool) else value
     if isinstance(value, Tensor) or not hasattr(value, "__index__"):
@@ -31,7 +31,7 @@ def as_integer(value: Any) -> Optional[int]:
 
 
 class Options(NamedTuple):
-    """What is asked of a loss."""
+    """Settings of a loss. The public functions document them."""
 
     loss: str  # "hinge", "sigmoid" or "softmax"
     ignore_index: Optional[int] = -100
@@ -42,13 +42,13 @@ class Options(NamedTuple):
     classes: Union[str, Sequence[int], None] = None  # None for a loss of one class
 
     def checked(self, num_classes: Optional[int] = None) -> Options:
-        """Return the same with plain integers; raise for what cannot be asked for, of so many classes if given."""
+        """Return the settings with plain integers. Raise if one is invalid, for ``num_classes`` classes if given."""
         ignore_index, bins = as_integer(self.ignore_index), as_integer(self.num_bins)
         check_ignore_index(self.ignore_index)
         if not isinstance(self.per_image, bool):
             raise ValueError(f"per_image must be True or False. Got: {self.per_image!r}")
         if self.reduction not in ("mean", "sum", "none"):
-            # the type that other losses of Kornia raise
+            # the type that the other losses of Kornia raise
             raise NotImplementedError(
                 f"Invalid reduction mode: reduction must be 'mean', 'sum' or 'none'. Got: {self.reduction!r}"
             )
@@ -57,13 +57,13 @@ class Options(NamedTuple):
         if self.process_group is not None:
             self._check_process_group()
         classes = None if self.classes is None else _checked_classes(self.classes, num_classes)
-        # Not by _replace, which Dynamo of PyTorch 2.5 cannot trace.
+        # Dynamo of PyTorch 2.5 cannot trace _replace.
         return Options(self.loss, ignore_index, self.per_image, self.reduction, bins, self.process_group, classes)
 
     def _check_process_group(self) -> None:
         if self.process_group == torch.distributed.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(
-                "process_group must include this process: pass one made with its rank. Got: one without it"
+                "process_group must include this process: pass a group made with its rank. Got: a group without it"
             )
         if not isinstance(self.process_group, torch.distributed.ProcessGroup):
             raise ValueError(
@@ -71,41 +71,41 @@ class Options(NamedTuple):
             )
         if self.per_image:
             raise ValueError(
-                "process_group makes the batches of all processes one: pass per_image=False. Got: per_image=True"
+                "process_group scores the batches of all processes as one: pass per_image=False. Got: per_image=True"
             )
         if self.num_bins is None:
             raise ValueError(
-                "process_group needs errors ranked by bins: pass num_bins, such as num_bins=1024. Got: None"
+                "process_group needs errors counted in bins: pass num_bins, such as num_bins=1024. Got: None"
             )
 
     def for_operator(self) -> tuple[Any, ...]:
-        """What the operator of compiled code takes of them, whose types are those of a schema."""
+        """Return the settings as arguments of the custom operator, whose schema restricts their types."""
         named = self.classes is None or isinstance(self.classes, str)
         return *self[:5], *((self.classes, None) if named else (None, list(self.classes)))
 
     def dtype_of(self, pred: Tensor, weight: Optional[Tensor]) -> torch.dtype:
-        """What the loss is computed in: at least float32."""
+        """Return the dtype in which the loss is computed: float32 or wider."""
         dtype = torch.promote_types(pred.dtype, torch.float32)
         return dtype if weight is None else torch.promote_types(dtype, weight.dtype)
 
     def divisor(self, batch: int) -> int:
-        """What the mean over the groups divides by: their number, and 1 for an empty batch, whose loss is 0."""
+        """Return the divisor of the mean over the groups: their number, but 1 for an empty batch, whose loss is 0."""
         return max(1, batch) if self.per_image and self.reduction == "mean" else 1
 
     def reduce(self, losses: Tensor) -> Tensor:
-        """Reduce the losses of the groups, which include the divisor."""
+        """Reduce the losses of the groups, which are already divided for the mean."""
         return losses if self.reduction == "none" else losses.sum()
 
 
 def check_ignore_index(value: Any) -> None:
-    """Raise unless a label to ignore is None or a 64-bit integer."""
+    """Raise unless ``ignore_index`` is None or a 64-bit integer."""
     label = as_integer(value)
     if value is not None and (label is None or not -(2**63) <= label < 2**63):
         raise ValueError(f"ignore_index must be None or a 64-bit integer. Got: {value!r}")
 
 
 def _checked_classes(classes: Union[str, Sequence[int]], num_classes: Optional[int]) -> Union[str, tuple]:
-    """Return the classes to average, indices as a tuple; raise unless they are known, and below a number if given."""
+    """Return the classes to average, indices as a tuple. Raise if one is invalid, for ``num_classes`` if given."""
     if isinstance(classes, str) and classes in ("all", "present"):
         return classes
     if isinstance(classes, str) or not hasattr(classes, "__iter__"):
@@ -124,7 +124,7 @@ def _checked_classes(classes: Union[str, Sequence[int]], num_classes: Optional[i
 
 
 class LovaszModule(nn.Module):
-    """A loss that keeps its options as attributes."""
+    """Base class of the losses, which keeps the options as attributes."""
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class LovaszModule(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the function, by name."""
+        """The keyword arguments of the function."""
         left_out = ("loss", "classes") if self.classes is None else ("loss",)
         return {name: getattr(self, name) for name in Options._fields if name not in left_out}
 
@@ -142,7 +142,7 @@ class LovaszModule(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LovaszModule:
-        # A process group is a handle, which copies share.
+        # A process group cannot be copied, so the copies share it.
         memo[id(self.process_group)] = self.process_group
         result = memo[id(self)] = self.__new__(type(self))
         result.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -151,6 +151,7 @@ class LovaszModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             raise TypeError(
-                "a loss with a process group cannot be pickled: set process_group=None before, and it after loading"
+                "a loss with a process group cannot be pickled: set process_group=None first, and set it again after "
+                "loading"
             )
         return self.__dict__

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work on the CPU in independent pieces, each done from end to end by one thread.
+"""Runs CPU work in independent pieces, each processed from start to end by one worker thread.
 
-PyTorch divides a large operation among OpenMP threads, which wait for each other at its end. Where other processes keep
-the cores busy, as the workers of a data loader do, each of these waits takes milliseconds. The operations of a worker
-here are single-threaded, so threads wait for each other once: when all pieces are done.
+PyTorch splits a large operation among OpenMP threads, which wait for each other at its end. If other processes keep the
+cores busy, such as the workers of a data loader, each of these waits takes milliseconds. Worker threads here run
+single-threaded operations, so threads wait for each other only once: when all pieces are done.
 """
 
 from __future__ import annotations
@@ -17,35 +17,36 @@ from typing import Any, Callable, Iterable
 
 import torch
 
-# By process, as the threads of a process do not survive its fork, and by their number.
+# Keyed by process, because threads do not survive a fork, and by the number of threads.
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _locks: dict[int, threading.Lock] = {}
 
 
 def in_pieces(work: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
-    """Do ``[work(piece) for piece in pieces]`` without autograd, by as many threads as PyTorch may use here.
+    """Compute ``[work(piece) for piece in pieces]`` without autograd, with as many threads as PyTorch may use here.
 
-    Where that is one thread, as in a worker, the caller does it all. An exception ends the work and is raised here.
+    If PyTorch may use only one, as in a worker thread, the caller does all the work. If a piece raises an exception,
+    no further piece is started, and the exception is raised here.
     """
     todo = deque(enumerate(pieces))
     results: dict[int, Any] = {}
     inference = torch.is_inference_mode_enabled()
 
     def take_pieces() -> None:
-        # Whether autograd records is a property of a thread.
+        # Grad mode and inference mode are properties of a thread.
         with torch.inference_mode(inference), torch.no_grad():
             while todo:
                 try:
                     index, piece = todo.popleft()
-                except IndexError:  # another worker has taken the last one
+                except IndexError:  # another thread has taken the last piece
                     return
                 results[index] = work(piece)
 
     count, threads = len(todo), torch.get_num_threads()
     started: list[Future[None]] = []
-    try:  # also where a key interrupts the start
+    try:  # Ctrl-C may interrupt the start, too
         if threads > 1:
-            with suppress(RuntimeError):  # no thread can be started, as when the interpreter shuts down
+            with suppress(RuntimeError):  # no thread can be started, for example at shutdown
                 pool = _workers(threads)
                 for _ in range(min(threads, count)):
                     started.append(pool.submit(take_pieces))
@@ -54,19 +55,19 @@ def in_pieces(work: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
         for each in started:
             each.result()
     finally:
-        todo.clear()  # after an exception, workers only finish the pieces that they have begun
+        todo.clear()  # after an exception, threads finish only the pieces that they have begun
         wait(started)
     return [results[index] for index in range(count)]
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
-    """The threads of this process whose operations are single-threaded."""
+    """Return the worker threads of this process. Their operations are single-threaded."""
     process = os.getpid()
     if (process, count) not in _pools:
         with _locks.setdefault(process, threading.Lock()):
             if (process, count) not in _pools:
-                # What a thread sets as its number of OpenMP threads becomes that of all threads made later. So it is
-                # read and set again, by a thread made for that: the caller may have another number of its own.
+                # When a worker thread sets its number of OpenMP threads, that becomes the default of all new threads.
+                # A temporary thread reads the default before and restores it; the caller may have another number.
                 starter = threading.Thread(target=_start, args=(process, count))
                 starter.start()
                 starter.join()
@@ -76,7 +77,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 
 def _start(process: int, count: int) -> None:
-    number = torch.get_num_threads()
+    default = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "lovasz", initializer=_become_single_threaded)
     all_started = threading.Barrier(count + 1)
     try:
@@ -87,9 +88,9 @@ def _start(process: int, count: int) -> None:
     except RuntimeError:
         all_started.abort()
     finally:
-        torch.set_num_threads(number)
+        torch.set_num_threads(default)
 
 
 def _become_single_threaded() -> None:
-    torch.get_num_threads()  # a thread that has never asked would later take the number of the process
+    torch.get_num_threads()  # without this call, a later one would reset the thread to the default
     torch.set_num_threads(1)

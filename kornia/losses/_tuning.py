@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which algorithm computes a loss or a metric from which size on, and how much it does at a time: measured numbers.
+"""Measured sizes: from which size of the input each algorithm is used, and how much it processes at a time.
 
-The tests change them, so that small inputs take every way and are divided into many parts.
+Tests change them, so that small inputs reach every algorithm and are split into many parts.
 """
 
 from __future__ import annotations
@@ -12,30 +12,33 @@ from dataclasses import dataclass
 
 @dataclass
 class Tuning:
-    """Sizes are numbers of elements."""
+    """Sizes as numbers of elements, and switches."""
 
-    # Sorted at a time by the dense form, unless one row is longer; they take about 40 bytes each.
+    # Number of errors that the dense form sorts at a time (one row, if that is longer). Each takes about 40 bytes.
     sorted_at_once: int = 1 << 22
-    # Whether eager code may compute otherwise than compiled code, which cannot branch on values.
+    # Whether eager code may branch on values, which compiled code cannot.
     eager_forms: bool = True
-    # The form for the CPU takes over from here on. Below, handing work to another thread takes longer than it saves.
+    # On the CPU, the form that uses threads computes inputs of at least this many logits. For smaller inputs, handing
+    # work to a thread costs more than it saves.
     cpu_from: int = 1 << 16
-    # The least for a piece of work of a thread. In smaller pieces, threads mostly wait for Python's lock.
+    # Smallest number of errors for one piece of a thread's work. In smaller pieces, threads mostly wait for the GIL.
     piece: int = 1 << 18
-    # The candidates of a group are chosen from here on, in errors times classes. Below, it is faster to rank all.
+    # The softmax loss selects the pixels to rank in groups whose number of errors times the number of classes is at
+    # least this. In smaller groups, ranking all pixels is faster.
     candidates_from: int = 1 << 20
-    # Images smaller than this are merged into one when they are scored as a group.
+    # Images with fewer logits than this are merged into one if they are scored as one group.
     merged_below: int = 1 << 14
-    # Counted at a time, with about 40 bytes of temporaries each; more on CUDA, as each launch has a fixed cost.
+    # Number of errors that are counted in bins at a time, with about 40 bytes of temporaries each. It is larger on
+    # CUDA, where each launch has a fixed cost.
     counted_at_once: int = 1 << 18
     counted_at_once_cuda: int = 1 << 22
-    # The fused kernels have not run on a GPU yet, so they are off unless someone asks for them.
+    # Whether to use the fused kernels. They have not run on a GPU yet, so they are off by default.
     kernels: bool = os.environ.get("KORNIA_LOVASZ_KERNELS") == "1"
-    # Sorted pixels that one program of a fused kernel ranks.
+    # Number of sorted pixels that one program of a fused kernel ranks.
     ranked_by_program: int = 1 << 11
-    # The metric counts by cells from here on.
+    # The metric counts by cells if there are at least this many pixels.
     cells_from: int = 1 << 16
-    # The least for a piece of work of a thread in the metric.
+    # Number of pixels for one piece of a thread's work in the metric.
     metric_piece: int = 1 << 18
 
 

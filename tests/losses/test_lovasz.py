@@ -200,7 +200,7 @@ class TestLovaszChecks(LovaszTester):
         assert twin is not module
         assert twin.process_group is module.process_group
         assert twin.options == module.options
-        with pytest.raises(TypeError, match="cannot be pickled: set process_group=None before, and it after"):
+        with pytest.raises(TypeError, match="cannot be pickled: set process_group=None first, and set it again after"):
             pickle.dumps(module)
         module.process_group = None
         assert pickle.loads(pickle.dumps(module)).options == module.options  # noqa: S301 - our own
