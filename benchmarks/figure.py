@@ -1,4 +1,4 @@
-"""The figure of the documentation and the README, from the raw numbers of a run: ``python figure.py RAW FIGURE``."""
+"""Draw the speed and accuracy figure from the results of run.py: ``python figure.py results/cpu.json cpu.png``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tables import BASELINE, BINNED, COMPILED, OURS, RELEASE, has_compiled_release, ratio
 
-CIRCUMSTANCES = {
+CONDITIONS = {
     "idle": "idle",
     "one thread": "one thread",
     "busy": "beside two\nbusy processes",
@@ -24,7 +24,7 @@ COLOURS = {OURS: "#2a6f97", BINNED: "#61a5c2", RELEASE: "#b23a48"}
 
 
 def draw(raw: Path, path: Path) -> None:
-    """Two charts, one above the other: readable on a phone."""
+    """Draw two charts, one above the other so that they can be read on a phone."""
     results = json.loads(raw.read_text())
     style = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
@@ -39,7 +39,7 @@ def draw(raw: Path, path: Path) -> None:
 
 
 def draw_cost(axis: plt.Axes, results: dict) -> None:
-    """The time in multiples of that of cross-entropy, wherever it was measured: the median, from best to worst."""
+    """Plot the time relative to cross-entropy under each condition: the median, and the range from best to worst."""
     measured = {name: (grid, "") for name, grid in results["grid"].items()}
     if has_compiled_release(results):
         measured["compiled"] = results["compiled"], COMPILED
@@ -51,7 +51,7 @@ def draw_cost(axis: plt.Axes, results: dict) -> None:
             axis.plot(np.median(ratios), place + shift, "o", ms=9, color=COLOURS[name], label=label)
     axis.axvline(1, color="#333333", ls="--")
     axis.set_xscale("log")
-    axis.set_yticks(range(len(measured)), [CIRCUMSTANCES[name] for name in measured])
+    axis.set_yticks(range(len(measured)), [CONDITIONS[name] for name in measured])
     axis.set_ylim(len(measured) - 0.5, -0.5)
     ticks = [each for each in (1, 3, 10, 30, 100) if each < axis.get_xlim()[1]]
     axis.set_xticks(ticks, [f"{each:g}" for each in ticks])
@@ -62,7 +62,7 @@ def draw_cost(axis: plt.Axes, results: dict) -> None:
 
 
 def draw_error(axis: plt.Axes, results: dict) -> None:
-    """The error of the gradient. The textbook form and other libraries have the curve of Kornia."""
+    """Plot the error of the gradient. Kornia's curve also stands for the other libraries, whose errors are the same."""
     sides = [int(side) for side in results["errors"]]
     labels = {RELEASE: "Kornia 0.9.0 and other libraries", BINNED: BINNED, OURS: OURS}
     for name, label in labels.items():

@@ -1,7 +1,7 @@
-"""Test and time the fused kernels on a GPU, with the PyTorch that is there and without a network: ``make gpu``.
+"""Test and benchmark the fused kernels on a GPU: ``make gpu``. Results go to ``benchmarks/results/cuda.json``.
 
-Writes ``benchmarks/results/cuda.json``. Of this repository it needs the files alone, and of the release its wheel, in
-``build/`` or where ``KORNIA_RELEASE_WHEEL`` says.
+The script uses the installed PyTorch and needs no internet access and no installation. It needs the files of this
+repository, and the wheel of the Kornia release in ``build/`` or at the path in ``KORNIA_RELEASE_WHEEL``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["tests/losses", "--device", "cuda", "-k", "Kernels or fused"]
-# The sanitizer watches each access to memory, which takes long: the kernels' own tests alone.
+# The sanitizer checks every memory access, which is slow, so it runs only the tests of the kernels.
 SANITIZED = ["tests/losses/test_lovasz_kernels.py", "-k", "memory or weights"]
 
 
@@ -27,10 +27,10 @@ def missing(*modules: str) -> list[str]:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        sys.exit("PyTorch finds no GPU: nothing was tested or measured. Run this on a machine with one.")
+        sys.exit("PyTorch finds no GPU, so nothing was tested or measured. Run this on a machine with a GPU.")
     needed = missing("triton", "pytest", "rich", "matplotlib", "packaging")
     if needed:
-        sys.exit(f"{sys.executable} has no {', '.join(needed)}: install it, or set GPU_PYTHON to a Python that does.")
+        sys.exit(f"{sys.executable} lacks {', '.join(needed)}: install them, or set GPU_PYTHON to a Python with them.")
     folder = ROOT / "build" / "gpu"
     compose(folder)
     environment = {**os.environ, "PYTHONPATH": str(folder), "KORNIA_LOVASZ_KERNELS": "1"}
@@ -39,24 +39,24 @@ def main() -> None:
         print("$", *command, flush=True)
         result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         if result.returncode:
-            sys.exit(f"failed with status {result.returncode}")
+            sys.exit(f"the command failed with status {result.returncode}")
 
     pytest = [sys.executable, "-m", "pytest", "-q"]
     run(*pytest, *TESTS)
     if sanitizer := shutil.which("compute-sanitizer"):
         run(sanitizer, "--error-exitcode", "1", *pytest, *SANITIZED)
     else:
-        print("compute-sanitizer is not there: accesses to memory are checked by the tests alone")
+        print("compute-sanitizer is not installed, so memory accesses are checked only by the tests")
     run(sys.executable, "benchmarks/run.py", "--device", "cuda", "--draws", "16", "--rounds", "3", *sys.argv[1:])
 
 
 def compose(folder: Path) -> None:
-    """The package as an installation has it, but for what is not there and not needed."""
+    """Build the package in a folder as an installation would have it, with a stub for kornia_rs if that is missing."""
     sys.path.insert(0, str(ROOT))
     from fork.compose import compose, fetch_release
 
     compose(fetch_release(ROOT), ROOT, folder)
-    if missing("kornia_rs"):  # it reads image files
+    if missing("kornia_rs"):  # kornia imports it to read image files, which the benchmark does not do
         (folder / "kornia_rs.py").write_text("io = None\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-"""Time, memory and accuracy of the Lovász losses beside others, in one run: ``make bench``.
+"""Measure time, memory and accuracy of the Lovász losses, compared with other implementations: ``make bench``.
 
-Prints tables of ratios, writes the raw numbers as JSON into ``benchmarks/results/`` and draws the figure of the
-documentation from them.
+The script prints tables, writes the results as JSON to ``benchmarks/results/``, and draws a figure of them for the
+documentation.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from implementations import (
     OURS,
     RELEASE,
     Loss,
+    cuda_implementations,
     implementations,
-    on_cuda,
     textbook_hinge,
     textbook_terms,
 )
@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from scenes import SHAPES, SMALL, Scene, draw_scenes
-from tables import COMPILED, circumstances, extremes, ratio
+from tables import COMPILED, conditions_table, extremes, ratio
 from torch.utils.benchmark import Timer
 
 from kornia.losses import lovasz_softmax_loss
@@ -50,8 +50,8 @@ from kornia.losses import lovasz_softmax_loss
 HERE = Path(__file__).resolve().parent
 ROUNDS, DRAWS = 5, 60
 ERROR_SIDES = [64, 128, 256, 512, 1024, 2048, 4096]
-BATCH_WIDE = (8, 21, 512, 512)
-# Counts for as long as its parent lives, however that ends.
+BATCH_SHAPE = (8, 21, 512, 512)  # for the error of the loss of a whole batch
+# This program keeps a core busy until its parent process ends, even if the parent is killed.
 BUSY = """
 import os
 parent = os.getppid()
@@ -62,7 +62,7 @@ while os.getppid() == parent:
 
 
 def measure_times(scene: Scene, losses: dict[str, Loss], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of forward and backward in every round, the losses in turn within a round."""
+    """Measure the seconds of forward and backward in each round. Within a round, the losses are timed one by one."""
     pred, target = on_device(scene, device)
 
     def step(loss) -> None:
@@ -75,16 +75,17 @@ def measure_times(scene: Scene, losses: dict[str, Loss], device: torch.device, r
     }
     for timer in timers.values():
         timer.timeit(1)
-    return in_turn(timers, rounds, pred)
+    return time_rounds(timers, rounds, pred)
 
 
 def on_device(scene: Scene, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make the logits, which require a gradient, and the labels of a scene on a device."""
     pred, target = scene.tensors()
     return pred.to(device).requires_grad_(), target.to(device)
 
 
-def rivals(scene: Scene) -> dict[str, Loss]:
-    """This fork with the options of a scene, cross-entropy and the release, which has no options."""
+def grid_losses(scene: Scene) -> dict[str, Loss]:
+    """The losses for scenes drawn at random: this fork with the options of the scene, cross-entropy and the release."""
     losses = implementations(scene.kind)
     return {
         OURS: functools.partial(losses[OURS], **scene.options),
@@ -93,18 +94,18 @@ def rivals(scene: Scene) -> dict[str, Loss]:
     }
 
 
-def compiled(scene: Scene) -> dict[str, Loss]:
-    """This fork, also by bins, and the release, in eager code and compiled, and cross-entropy."""
+def compiled_losses(scene: Scene) -> dict[str, Loss]:
+    """This fork, with and without bins, and the release, both eager and compiled; and cross-entropy."""
     torch.compiler.reset()
     losses = implementations(scene.kind)
     chosen = {name: losses[name] for name in (OURS, BINNED, RELEASE)}
-    both = chosen | {f"{name}{COMPILED}": torch.compile(loss, fullgraph=True) for name, loss in chosen.items()}
-    return both | {BASELINE: losses[BASELINE]}
+    compiled = {f"{name}{COMPILED}": torch.compile(loss, fullgraph=True) for name, loss in chosen.items()}
+    return chosen | compiled | {BASELINE: losses[BASELINE]}
 
 
 @contextlib.contextmanager
-def under(name: str) -> Iterator[None]:
-    """One thread instead of all, or two other processes that keep the processor busy."""
+def condition(name: str) -> Iterator[None]:
+    """Set up a condition: "idle", "one thread", or "busy", with two other processes that each use a core."""
     threads = torch.get_num_threads()
     busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2 * (name == "busy"))]
     torch.set_num_threads(1 if name == "one thread" else threads)
@@ -116,9 +117,9 @@ def under(name: str) -> Iterator[None]:
             process.kill()
 
 
-def in_turn(timers: dict[str, Timer], rounds: int, pred: torch.Tensor) -> dict[str, list[float]]:
-    """Seconds of every timer in every round, one after the other within a round."""
-    # Short steps are timed in groups, and so are those whose device runs behind.
+def time_rounds(timers: dict[str, Timer], rounds: int, pred: torch.Tensor) -> dict[str, list[float]]:
+    """Measure the seconds of every timer in each round. Within a round, the timers run one after the other."""
+    # Repeat short steps, and steps on a GPU, which runs asynchronously, to measure their mean.
     repeat = 5 if pred.is_cuda else 1 if pred.numel() > 1 << 18 else 20
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
@@ -128,20 +129,20 @@ def in_turn(timers: dict[str, Timer], rounds: int, pred: torch.Tensor) -> dict[s
 
 
 def spread(ratios: list[float], digits: int) -> str:
-    """Median and quartiles."""
+    """Format the median and the quartiles of ratios."""
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return f"{statistics.median(ratios):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def measure_memory(scene: Scene, device: torch.device, names: list[str]) -> dict[str, float]:
-    """Extra memory at the peak of forward and backward, in multiples of the logits.
+    """Measure the extra peak memory of forward and backward, relative to the size of the logits.
 
-    On the CPU each in a process of its own; on CUDA PyTorch counts it.
+    On the CPU, each implementation runs in its own process. On CUDA, PyTorch counts the memory.
     """
     if device.type == "cuda":
         return peaks(scene, names, device)
-    # Large blocks then go back to the system as soon as they are freed: what counts is the memory in use, not the
-    # gaps that the allocator leaves, which change from run to run.
+    # Make the allocator return large blocks to the system as soon as they are freed. Otherwise its unused gaps, which
+    # vary from run to run, would be counted as memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     described = [scene.kind, json.dumps(scene.shape), scene.stage]
     return {
@@ -159,13 +160,13 @@ def measure_memory(scene: Scene, device: torch.device, names: list[str]) -> dict
 
 
 def peaks(scene: Scene, names: list[str], device: torch.device) -> dict[str, float]:
-    """The extra memory of implementations, in this process."""
+    """Measure the extra peak memory of implementations in this process."""
     small, labels = on_device(scene._replace(shape=(1, scene.shape[1], 256, 256)), device)
     pred, target = on_device(scene, device)
     result = {}
     for name in names:
         loss = implementations(scene.kind)[name]
-        loss(small, labels).backward()  # libraries and thread pools are not the loss's
+        loss(small, labels).backward()  # load libraries and thread pools before measuring
         pred.grad = None
         before = reset_peak(device)
         loss(pred, target).backward()
@@ -174,11 +175,11 @@ def peaks(scene: Scene, names: list[str], device: torch.device) -> dict[str, flo
 
 
 def reset_peak(device: torch.device) -> int:
-    """Forget the peak; the bytes in use now."""
+    """Reset the peak memory, and return the bytes that are in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    # What was freed goes back to the system: else the loss would take it up again, and seem to need none.
+    # Return freed memory to the system. Otherwise the loss could reuse it and would seem to need no memory.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -187,6 +188,7 @@ def reset_peak(device: torch.device) -> int:
 
 
 def memory_peak(device: torch.device) -> int:
+    """The peak memory in bytes since reset_peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text().splitlines()
@@ -198,7 +200,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def hinge_errors(side: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Relative error of loss and gradient against float64, on random logits with 10 % foreground."""
+    """Relative errors of the hinge loss and its gradient, compared with float64. The logits are random."""
     generator = torch.Generator().manual_seed(side)
     pred = torch.randn(1, 1, side, side, generator=generator).to(device)
     target = (torch.rand(1, side, side, generator=generator) < 0.1).long().to(device)
@@ -207,7 +209,7 @@ def hinge_errors(side: int, device: torch.device) -> dict[str, dict[str, float]]
     (expected_gradient,) = torch.autograd.grad(expected, reference)
     errors = {}
     for name, loss in implementations("hinge").items():
-        if name not in (BASELINE, GROUPED):  # the bins in a group are those without
+        if name not in (BASELINE, GROUPED):  # in a group, the bins are the same as without
             leaf = pred.clone().requires_grad_()
             value = loss(leaf, target)
             (gradient,) = torch.autograd.grad(value, leaf)
@@ -219,7 +221,7 @@ def hinge_errors(side: int, device: torch.device) -> dict[str, dict[str, float]]
 
 
 def softmax_batch_errors(shape: tuple[int, ...], device: torch.device) -> dict[str, float]:
-    """The same for the softmax loss of a whole batch, whose float64 reference is made class by class."""
+    """The same for the softmax loss of a whole batch. The reference is computed class by class to save memory."""
     pred, target = on_device(Scene("softmax", shape, "early"), device)
     loss = lovasz_softmax_loss(pred, target, per_image=False)
     loss.backward()
@@ -258,7 +260,7 @@ def triton_version() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, None if it is none."""
+    """The commit of this checkout, or None outside a git repository."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
@@ -282,7 +284,7 @@ def table(title: str, rows: dict[str, dict[str, str]]) -> Table:
 
 
 def time_row(seconds: dict[str, list[float]]) -> dict[str, str]:
-    """Ratios to the baseline of the same round, median and interquartile range, beside the baseline's median."""
+    """Format ratios to the baseline of the same round, as median and quartiles, and the median of the baseline."""
     row = {}
     for name, values in seconds.items():
         if name == BASELINE:
@@ -294,11 +296,11 @@ def time_row(seconds: dict[str, list[float]]) -> dict[str, str]:
 
 
 def grid_rows(grid: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, str]]:
-    """The worst, median and best of the scenes drawn at random, the scenes of both ends by name."""
+    """Format the worst, median and best ratio over the scenes drawn at random, with the names of the scenes."""
     rows = {}
     for title, above, below, best in (
         ("speed-up over Kornia", RELEASE, OURS, max),
-        ("in multiples of cross-entropy", OURS, BASELINE, min),
+        ("time relative to cross-entropy", OURS, BASELINE, min),
     ):
         for name, (value, label) in extremes(grid, above, below, best).items():
             rows[f"{title}, {name}"] = {"": f"{value:.1f}", "scene": label}
@@ -308,11 +310,11 @@ def grid_rows(grid: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timings of each loss (default: %(default)s)")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="scenes drawn at random (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes drawn")
-    parser.add_argument("--smoke", action="store_true", help="tiny inputs and one round: does everything run?")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the raw numbers and the figure")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of measurement (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="number of random scenes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of these scenes (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="only check that everything runs, on tiny inputs")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results and the figure")
     parser.add_argument("--peak", nargs=4, metavar=("KIND", "SHAPE", "STAGE", "NAME"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
@@ -323,7 +325,7 @@ def main() -> None:
     scenes = [Scene(kind, shape, stage) for kind in SHAPES for shape in SHAPES[kind] for stage in ("early", "late")]
     rest = [Scene(kind, SHAPES[kind][0], "random") for kind in SHAPES] + SMALL
     drawn = list(itertools.islice(draw_scenes(args.seed), args.draws))
-    rounds, sides, batch = args.rounds, ERROR_SIDES, BATCH_WIDE
+    rounds, sides, batch = args.rounds, ERROR_SIDES, BATCH_SHAPE
     in_memory = scenes
     if args.smoke:
         scenes, rest, rounds = [Scene("softmax", (1, 3, 32, 32), "late"), Scene("hinge", (1, 1, 32, 32), "late")], [], 1
@@ -347,33 +349,34 @@ def main() -> None:
     raw = args.out / f"{args.device.type}.json"
     with Progress(console=Console(stderr=True)) as progress:
 
-        def each(title: str, things: list) -> Iterator:
+        def track(title: str, things: list) -> Iterator:
+            """Show the progress of a loop, and save the results when it ends."""
             yield from progress.track(things, description=title)
             raw.write_text(json.dumps(results, indent=1) + "\n")
 
-        for scene in each("scenes", scenes + rest):
-            losses = implementations(scene.kind) | (on_cuda(scene.kind) if has_gpu or args.smoke else {})
+        for scene in track("scenes", scenes + rest):
+            losses = implementations(scene.kind) | (cuda_implementations(scene.kind) if has_gpu or args.smoke else {})
             results["times"][str(scene)] = measure_times(scene, losses, args.device, rounds)
         for name in ("idle", "one thread", "busy")[: 1 if has_gpu else None]:
-            times = results["grid"][name] = {str(scene): {loss: [] for loss in rivals(scene)} for scene in drawn}
-            with under(name):
-                # Pass by pass: what slows the machine for a minute then slows one round of a scene, not all of them.
-                for scene in each(f"drawn, {name}", drawn * rounds):
-                    for loss, seconds in measure_times(scene, rivals(scene), args.device, 1).items():
+            times = results["grid"][name] = {str(scene): {loss: [] for loss in grid_losses(scene)} for scene in drawn}
+            with condition(name):
+                # One round of all scenes at a time, so that a slow minute of the machine affects one round of a scene.
+                for scene in track(f"drawn, {name}", drawn * rounds):
+                    for loss, seconds in measure_times(scene, grid_losses(scene), args.device, 1).items():
                         times[str(scene)][loss] += seconds
-        for scene in each("compiled", to_compile):
-            results["compiled"][str(scene)] = measure_times(scene, compiled(scene), args.device, rounds)
-        for scene in each("memory", in_memory):
-            names = [OURS] if args.smoke else list(implementations(scene.kind))  # a process each
+        for scene in track("compiled", to_compile):
+            results["compiled"][str(scene)] = measure_times(scene, compiled_losses(scene), args.device, rounds)
+        for scene in track("memory", in_memory):
+            names = [OURS] if args.smoke else list(implementations(scene.kind))  # each takes its own process
             results["memory"][str(scene)] = measure_memory(scene, args.device, names)
-        for side in each("errors", sides):
+        for side in track("errors", sides):
             results["errors"][side] = hinge_errors(side, args.device)
-        for shape in each("errors of a batch", [batch]):
+        for shape in track("errors of a batch", [batch]):
             results["batch errors"] = {str(Scene("softmax", shape, "early")): softmax_batch_errors(shape, args.device)}
 
     report(results)
     draw(raw, args.out / f"{args.device.type}.png")
-    print(f"raw numbers in {raw}, figure beside it")
+    print(f"Results: {raw}, with a figure in the same folder")
 
 
 def report(results: dict) -> None:
@@ -381,9 +384,9 @@ def report(results: dict) -> None:
     console = Console(width=200 if not sys.stdout.isatty() else None)
     console.print(" · ".join(str(value) for value in results["machine"].values()))
     times = {label: time_row(seconds) for label, seconds in results["times"].items()}
-    console.print(table(f"Time, forward + backward, in multiples of {BASELINE} (quartiles)", times))
+    console.print(table(f"Time of forward and backward relative to {BASELINE}: median (quartiles)", times))
     console.print(table("Scenes drawn at random", grid_rows(results["grid"]["idle"])))
-    heading, *lines = circumstances(results)
+    heading, *lines = conditions_table(results)
     rows = {line[0]: dict(zip(heading[1:], line[1:], strict=True)) for line in lines}
     console.print(table("How many times as fast as Kornia 0.9.0", rows))
     rows = {
@@ -392,7 +395,7 @@ def report(results: dict) -> None:
     }
     console.print(table("Eager and compiled", rows))
     memory = {label: {name: f"{x:.1f}" for name, x in row.items()} for label, row in results["memory"].items()}
-    console.print(table("Extra memory at the peak, in multiples of the logits", memory))
+    console.print(table("Extra peak memory relative to the size of the logits", memory))
     errors = {
         f"hinge {side}x{side}": {name: f"{row['gradient']:.0e} / {row['loss']:.0e}" for name, row in by_name.items()}
         for side, by_name in results["errors"].items()
@@ -400,7 +403,7 @@ def report(results: dict) -> None:
         f"{label}, batch-wide": {OURS: f"{row['gradient']:.0e} / {row['loss']:.0e}"}
         for label, row in results["batch errors"].items()
     }
-    console.print(table("Relative error of gradient / loss against float64", errors))
+    console.print(table("Relative error of gradient / loss, compared with float64", errors))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Inputs that look like a segmentation network's: smooth logits over piecewise-constant label maps."""
+"""Generate inputs for the benchmarks that resemble real ones: smooth logits, and labels in connected regions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ CLASSES_PER_IMAGE = 6
 
 
 class Scene(NamedTuple):
-    """What to time: logits of a shape and a stage of training, and the options of the loss."""
+    """An input to time: the shape of the logits, the stage of training they resemble, and the options of the loss."""
 
     kind: str  # "softmax", "hinge" or "sigmoid"
     shape: tuple[int, int, int, int]
     stage: str  # see softmax_scene
-    present: int = CLASSES_PER_IMAGE  # classes in an image
+    present: int = CLASSES_PER_IMAGE  # number of classes in an image
     options: dict[str, Any] = {}
     channels_last: bool = False
-    half: bool = False  # bfloat16
+    half: bool = False  # logits in bfloat16
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels."""
+        """Make the logits and labels."""
         if self.kind == "softmax":
             pred, target = softmax_scene(self.shape, self.stage, self.present)
         else:
@@ -41,7 +41,7 @@ class Scene(NamedTuple):
         return " ".join(words + ["channels-last"] * self.channels_last + ["bfloat16"] * self.half)
 
 
-# Those that are always measured.
+# Shapes that every run of the benchmark measures.
 SHAPES = {
     "softmax": [(2, 21, 512, 512), (1, 19, 512, 1024), (2, 150, 256, 256)],
     "hinge": [(4, 1, 512, 512), (1, 1, 2048, 2048)],
@@ -50,10 +50,11 @@ SHAPES = {
 SMALL = [Scene("softmax", (2, 21, 32, 32), "early"), Scene("hinge", (2, 1, 32, 32), "early")]
 
 
-def draw_scenes(seed: int, least: int = 1 << 16, most: int = 1 << 24) -> Iterator[Scene]:
-    """Draw scenes of any shape that a network may have, with so many logits: nobody can tune to a list.
+def draw_scenes(seed: int, min_logits: int = 1 << 16, max_logits: int = 1 << 24) -> Iterator[Scene]:
+    """Draw scenes of random shapes, so that the losses cannot be tuned to a fixed list.
 
-    They are of the losses that the release has too.
+    The number of logits is between ``min_logits`` and ``max_logits``. There are only softmax and hinge scenes, because
+    the release has no sigmoid loss.
     """
     generator = random.Random(seed)
 
@@ -64,7 +65,7 @@ def draw_scenes(seed: int, least: int = 1 << 16, most: int = 1 << 24) -> Iterato
         kind = generator.choice(["softmax", "softmax", "hinge"])
         classes = log_uniform(2, 150) if kind == "softmax" else 1
         shape = (log_uniform(1, 32), classes, log_uniform(64, 2048), log_uniform(64, 2048))
-        if not least <= math.prod(shape) <= most:
+        if not min_logits <= math.prod(shape) <= max_logits:
             continue
         options: dict[str, Any] = {"per_image": generator.random() < 0.5}
         if kind == "softmax":
@@ -80,7 +81,7 @@ def draw_scenes(seed: int, least: int = 1 << 16, most: int = 1 << 24) -> Iterato
 
 
 def smooth_noise(generator: torch.Generator, *shape: int, cell: int) -> torch.Tensor:
-    """Normal noise ``(B, C, H, W)`` that changes over about ``cell`` pixels."""
+    """Normal noise ``(B, C, H, W)`` that is smooth on a scale of about ``cell`` pixels."""
     *front, height, width = shape
     coarse = torch.randn(*front, height // cell + 2, width // cell + 2, generator=generator)
     return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
@@ -89,14 +90,14 @@ def smooth_noise(generator: torch.Generator, *shape: int, cell: int) -> torch.Te
 def softmax_scene(
     shape: tuple[int, int, int, int], stage: str, present: int = CLASSES_PER_IMAGE, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits ``(B, C, H, W)`` and labels ``(B, H, W)``.
+    """Make logits ``(B, C, H, W)`` and labels ``(B, H, W)``.
 
     Args:
-        shape: of the logits.
-        stage: "early", a network that has learnt little; "late", one that is right on 98 to 99 % of the pixels and
-            errs, with confidence, at the borders; "random", random labels of all classes under random logits.
-        present: how many classes an image has, at most.
-        seed: of the scene.
+        shape: shape of the logits.
+        stage: "early" resembles a network that has learnt little. "late" is right on 98 to 99 % of the pixels, and
+            confidently wrong at the borders of regions. "random" has random logits and random labels of all classes.
+        present: largest number of classes in an image.
+        seed: seed of the random generator.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, num_classes, height, width = shape
@@ -104,14 +105,14 @@ def softmax_scene(
         return torch.randn(shape, generator=generator), torch.randint(0, num_classes, (batch, height, width))
     present = min(present, num_classes)
     regions = smooth_noise(generator, batch, present, height, width, cell=max(4, height // 6))
-    # What the network sees differs a little from what was labelled: its borders are a few pixels off.
+    # The borders of the predicted regions are a few pixels away from those of the labels.
     seen = regions + 0.012 * smooth_noise(generator, batch, present, height, width, cell=8)
     classes = torch.stack([torch.randperm(num_classes, generator=generator)[:present] for _ in range(batch)])
     target = classes.gather(1, regions.argmax(1).flatten(1)).view(batch, height, width)
     predicted = classes.gather(1, seen.argmax(1).flatten(1)).view(batch, height, width)
     margin, noise = (1.0, 1.0) if stage == "early" else (11.0, 1.5)
     logits = noise * smooth_noise(generator, *shape, cell=16) + 0.3 * torch.randn(shape, generator=generator)
-    # Certain inside a region, in doubt at its borders.
+    # A late network is less certain near the borders of regions.
     top = seen.topk(2, dim=1).values
     certainty = ((top[:, 0] - top[:, 1]) * 14).clamp(0.5, 1.0) if stage == "late" else torch.ones(batch, height, width)
     logits.scatter_add_(1, predicted.unsqueeze(1), (margin * certainty).unsqueeze(1))
@@ -119,7 +120,7 @@ def softmax_scene(
 
 
 def binary_scene(shape: tuple[int, int, int, int], stage: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits ``(B, 1, H, W)`` and labels ``(B, H, W)`` with about a quarter foreground; stages as above."""
+    """Make logits ``(B, 1, H, W)`` and labels ``(B, H, W)`` with about 25 % foreground. Stages as in softmax_scene."""
     generator = torch.Generator().manual_seed(seed)
     batch, _, height, width = shape
     if stage == "random":

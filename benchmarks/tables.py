@@ -1,4 +1,4 @@
-"""The tables of the documentation from the raw numbers of the benchmark, reStructuredText."""
+"""Make the tables of the documentation, in reStructuredText, from the results of run.py."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Seconds = dict[str, list[float]]
 
 
 def read(device: str) -> dict | None:
-    """The raw numbers of a device, None if it was not measured."""
+    """Read the results of a device, or return None if it was not measured."""
     path = RESULTS / f"{device}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def ratio(seconds: Seconds, above: str, below: str) -> float:
-    """Median over the rounds of how many times as long one takes as another."""
+    """The median over rounds of the time of ``above`` divided by the time of ``below``."""
     return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
 
 
@@ -45,7 +45,7 @@ def digits(value: float) -> str:
 
 
 def list_table(title: str, lines: list[list[str]]) -> str:
-    """A table with a heading; the first column is the widest."""
+    """A table in reStructuredText. The first line is the heading, and the first column is the widest."""
     width = max(12, 60 // max(1, len(lines[0]) - 1))
     result = [
         f".. list-table:: {title}",
@@ -59,7 +59,7 @@ def list_table(title: str, lines: list[list[str]]) -> str:
 
 
 def extremes(grid: dict[str, Seconds], above: str, below: str, best: Callable) -> dict[str, tuple[float, str]]:
-    """The worst, median and best ratio of the scenes drawn at random, and the scenes of both ends."""
+    """The worst, median and best ratio over scenes, with the name of the worst and of the best scene."""
     ratios = {label: ratio(seconds, above, below) for label, seconds in grid.items()}
     ends = {"best": best(ratios, key=ratios.__getitem__)}
     ends["worst"] = (min if best is max else max)(ratios, key=ratios.__getitem__)
@@ -68,30 +68,30 @@ def extremes(grid: dict[str, Seconds], above: str, below: str, best: Callable) -
 
 
 def drawn_table(results: dict) -> str:
-    """How the scenes drawn at random compare with the release and with cross-entropy."""
+    """A table of the scenes drawn at random: time relative to the release and to cross-entropy."""
     grid = results["grid"]["idle"]
     lines = [["", "worst", "median", "best"]]
     notes = []
     for title, above, below, best, end in (
         ("times as fast as Kornia 0.9.0", RELEASE, OURS, max, "Worst speed-up:"),
-        ("times the time of cross-entropy", OURS, BASELINE, min, "Most expensive beside cross-entropy:"),
+        ("times the time of cross-entropy", OURS, BASELINE, min, "Slowest relative to cross-entropy:"),
     ):
         rows = extremes(grid, above, below, best)
         lines.append([title, *(digits(value) for value, _ in rows.values())])
         notes.append(f"{end} {rows['worst'][1]}.")
-    title = f"{len(grid)} scenes of any shape, drawn at random"
+    title = f"{len(grid)} scenes of random shapes"
     return list_table(title, lines) + "\n" + "\n".join(notes) + "\n"
 
 
 def has_compiled_release(results: dict) -> bool:
-    """Whether the release was compiled too, as it is on the CPU."""
+    """Whether the results have times of the compiled release. Those of the GPU have none."""
     return any(f"{RELEASE}{COMPILED}" in seconds for seconds in results.get("compiled", {}).values())
 
 
-def circumstances(results: dict) -> list[list[str]]:
-    """How many times as fast as the release, and as themselves on an idle machine, they are where people train."""
+def conditions_table(results: dict) -> list[list[str]]:
+    """A table of speed under each condition: relative to the release, and relative to this fork on an idle machine."""
     grids = results["grid"]
-    lines = [["", "worst", "median", "best", "our time, in multiples of that idle: median, worst"]]
+    lines = [["", "worst", "median", "best", "our time relative to idle: median, worst"]]
     names = {"idle": "idle, all threads", "one thread": "idle, one thread", "busy": "beside two busy processes"}
     for name, grid in grids.items():
         rows = extremes(grid, RELEASE, OURS, max)
@@ -104,13 +104,13 @@ def circumstances(results: dict) -> list[list[str]]:
         return lines
     rows = extremes(results["compiled"], f"{RELEASE}{COMPILED}", f"{OURS}{COMPILED}", max)
     own = [ratio(seconds, f"{OURS}{COMPILED}", OURS) for seconds in results["compiled"].values()]
-    own = f"{digits(statistics.median(own))}, {digits(max(own))} (of eager)"
-    lines.append(["compiled, both", *(digits(value) for value, _ in rows.values()), own])
+    own = f"{digits(statistics.median(own))}, {digits(max(own))} (relative to eager)"
+    lines.append(["both compiled", *(digits(value) for value, _ in rows.values()), own])
     return lines
 
 
 def by_stage(rows: dict[str, dict[str, str]]) -> list[list[str]]:
-    """One line a shape, the numbers of its stages side by side."""
+    """Arrange rows by shape, with the numbers of its early and late stage in one cell."""
     names = [name for name in SHORT if any(name in row for row in rows.values()) and name != BASELINE]
     lines: dict[str, list[list[str]]] = {}
     for label, row in rows.items():
@@ -129,13 +129,13 @@ def time_table(results: dict) -> str:
         label: {name: digits(ratio(seconds, name, BASELINE)) for name in seconds}
         for label, seconds in results["times"].items()
     }
-    return list_table("Time, in multiples of cross-entropy", by_stage(rows))
+    return list_table("Time relative to cross-entropy", by_stage(rows))
 
 
 def memory_table(results: dict) -> str:
     rows = {label: {name: digits(x) for name, x in row.items()} for label, row in results["memory"].items()}
     baseline = sorted({digits(row[BASELINE]) for row in results["memory"].values()})
-    title = f"Extra memory at the peak, in multiples of the logits; cross-entropy takes {' to '.join(baseline)}"
+    title = f"Extra peak memory relative to the size of the logits. Cross-entropy takes {' to '.join(baseline)}"
     return list_table(title, by_stage(rows))
 
 
@@ -148,7 +148,7 @@ def compiled_table(results: dict) -> str:
 
 
 def accuracy(results: dict) -> list[list[str]]:
-    """A heading and a row for each size of image."""
+    """The error of the gradient for each image size."""
     names = (OURS, BINNED, RELEASE)
     lines = [["image", *(SHORT[name] for name in names)]]
     for side, row in results["errors"].items():
@@ -157,11 +157,11 @@ def accuracy(results: dict) -> list[list[str]]:
 
 
 def accuracy_table(results: dict) -> str:
-    return list_table("Relative error of the gradient of the hinge loss in float32, against float64", accuracy(results))
+    return list_table("Relative error of the gradient of the hinge loss in float32", accuracy(results))
 
 
 def claim(device: str) -> str:
-    """What the front page says: the worst first."""
+    """A sentence with the speed relative to the release and to cross-entropy, the worst case first."""
     results = read(device)
     grids, machine = results["grid"], results["machine"]
 
@@ -182,7 +182,7 @@ def claim(device: str) -> str:
 
 
 def front_rows() -> list[list[str]]:
-    """The table of the front pages: how many times as fast as the release, where people train, the worst first."""
+    """The speed table of README.md and the first page of the documentation, relative to the release."""
     lines = [["", "worst", "median", "best"]]
     for device, results in [(device, read(device)) for device in DEVICES]:
         if results is None:
@@ -211,7 +211,7 @@ def setting(results: dict, device: str) -> str:
 
 
 def write_docs(folder: Path) -> None:
-    """A file of tables for each device; an empty one for a device that was not measured."""
+    """Write the tables to files. The file of a device that was not measured is empty."""
     folder.mkdir(parents=True, exist_ok=True)
     for device, title in DEVICES.items():
         results = read(device)
@@ -220,10 +220,10 @@ def write_docs(folder: Path) -> None:
             parts = [title, "-" * len(title), "", claim(device), "", drawn_table(results)]
             if "busy" in results["grid"]:
                 parts.insert(
-                    5, list_table("How many times as fast as Kornia 0.9.0, where people train", circumstances(results))
+                    5, list_table("How many times as fast as Kornia 0.9.0, by condition", conditions_table(results))
                 )
             parts += [time_table(results), memory_table(results), compiled_table(results), setting(results, device)]
         (folder / f"speed_{device}.rst").write_text("\n".join(parts), encoding="utf-8")
-    front = list_table("How many times as fast as Kornia 0.9.0, on shapes drawn at random", front_rows())
+    front = list_table("How many times as fast as Kornia 0.9.0, on random shapes", front_rows())
     (folder / "front.rst").write_text(front, encoding="utf-8")
     (folder / "accuracy.rst").write_text(accuracy_table(read("cpu")), encoding="utf-8")

@@ -1,6 +1,7 @@
-"""Time of the IoU at 31 thresholds, and of the best of all thresholds, beside loops over the 31: ``make bench``.
+"""Measure the time of ``iou_at_thresholds`` and ``best_iou_threshold``, compared with simple loops: ``make bench``.
 
-Prints a table of ratios and writes the raw numbers as JSON into ``benchmarks/results/``.
+``iou_at_thresholds`` and the loops use the same 31 thresholds. ``best_iou_threshold`` searches all thresholds. The
+script prints a table and writes the results as JSON to ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from run import HERE, in_turn, machine, on_device, spread, table, under
+from run import HERE, condition, machine, on_device, spread, table, time_rounds
 from scenes import Scene
 from torch.utils.benchmark import Timer
 
@@ -27,7 +28,7 @@ LOOP = "loop"
 
 
 def loop(pred: torch.Tensor, target: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """What one writes: a prediction for each threshold."""
+    """The obvious implementation: a prediction for each threshold."""
     foreground = target == 1
     ious = []
     for threshold in thresholds:
@@ -37,7 +38,7 @@ def loop(pred: torch.Tensor, target: torch.Tensor, thresholds: torch.Tensor) -> 
 
 
 def lean_loop(pred: torch.Tensor, target: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """The same without the union, and by ``count_nonzero``, which is several times as fast as a sum on the CPU."""
+    """A faster loop, without the union, and with ``count_nonzero``, which is faster than ``sum`` on the CPU."""
     foreground = target == 1
     total = foreground.count_nonzero()
     ious = []
@@ -57,25 +58,25 @@ IMPLEMENTATIONS = {
 
 
 def measure(shape: tuple[int, ...], stage: str, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every implementation in every round, the implementations in turn within a round."""
+    """Check that the results agree, then measure the seconds of every implementation in each round."""
     pred, target = on_device(Scene("hinge", shape, stage), device)
     pred, thresholds = pred.detach(), THRESHOLDS.to(device)
     expected = loop(pred, target, thresholds)
     for function in (lean_loop, iou_at_thresholds):
         torch.testing.assert_close(function(pred, target, thresholds), expected, rtol=1e-6, atol=0.0)
     if best_iou_threshold(pred, target)[1] < expected.max() - 1e-6:
-        raise RuntimeError("the best of all thresholds is worse than one of the 31")
+        raise RuntimeError("best_iou_threshold found a lower IoU than one of the 31 thresholds has")
     timers = {
         name: Timer(
             "f(*args)", globals={"f": f, "args": (pred, target, thresholds)}, num_threads=torch.get_num_threads()
         )
         for name, f in IMPLEMENTATIONS.items()
     }
-    return in_turn(timers, rounds, pred)
+    return time_rounds(timers, rounds, pred)
 
 
 def row(seconds: dict[str, list[float]]) -> dict[str, str]:
-    """Median milliseconds, and how many times as fast as the loop of the same round: median and quartiles."""
+    """Format the median time, and the speed-up over the loop in the same round: median and quartiles."""
     cells = {}
     for name, values in seconds.items():
         cells[name] = f"{1000 * statistics.median(values):.1f} ms"
@@ -87,15 +88,15 @@ def row(seconds: dict[str, list[float]]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timings of each (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="tiny inputs and one round: does everything run?")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the raw numbers")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of measurement (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="only check that everything runs, on tiny inputs")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
     args = parser.parse_args()
     jobs, rounds = ([((1, 1, 32, 32), "late")], 1) if args.smoke else (JOBS, args.rounds)
 
     results: dict = {"machine": machine(args.device), "times": {}}
     for name in ("idle", "busy")[: 2 if args.device.type == "cpu" else 1]:
-        with under(name):
+        with condition(name):
             for shape, stage in jobs:
                 label = f"{Scene('hinge', shape, stage)}{'' if name == 'idle' else ', ' + name}"
                 results["times"][label] = measure(shape, stage, args.device, rounds)
@@ -103,13 +104,11 @@ def main() -> None:
     console = Console(width=200 if not sys.stdout.isatty() else None)
     console.print(" · ".join(str(value) for value in results["machine"].values()))
     rows = {label: row(seconds) for label, seconds in results["times"].items()}
-    console.print(
-        table(f"Time at {len(THRESHOLDS)} thresholds, and how many times as fast as the loop (quartiles)", rows)
-    )
+    console.print(table(f"Time at {len(THRESHOLDS)} thresholds, and speed-up over the loop: median (quartiles)", rows))
     args.out.mkdir(parents=True, exist_ok=True)
     raw = args.out / ("threshold.json" if args.device.type == "cpu" else f"threshold-{args.device.type}.json")
     raw.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"raw numbers in {raw}")
+    console.print(f"Results: {raw}")
 
 
 if __name__ == "__main__":

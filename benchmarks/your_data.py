@@ -1,7 +1,8 @@
-"""What the views of the page "Your data" cost: ``python benchmarks/your_data.py``.
+"""Measure the cost of the tensor views on the page "Your data": ``python benchmarks/your_data.py``.
 
-Each is timed beside the same loss on a copy that lies as an image does, and beside cross-entropy, forward and backward,
-one after the other in each round. Ratios of the medians go to results/your_data.json, and from there to the page.
+Each view is timed against the same loss on a contiguous copy with the layout of an image, and against cross-entropy.
+Forward and backward are timed together. The ratios of the medians go to results/your_data.json, from which the
+documentation makes its table.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ def several_labels(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cases(shrink: int) -> list[Case]:
-    """Name, shape, logits, labels, how they are viewed, the loss."""
+    """List the cases: name, shape, logits, labels, the function that makes the views, and the loss."""
 
     def multiclass(name: str, view: Callable, shape: tuple[int, ...], class_axis: int) -> Case:
         num_classes = shape[class_axis]
         labels = torch.randint(0, num_classes, (*shape[:class_axis], *shape[class_axis:][1:]))
-        right = F.one_hot(labels, num_classes).movedim(-1, class_axis)
-        logits = 2 * torch.randn(shape) + 4 * right
+        one_hot = F.one_hot(labels, num_classes).movedim(-1, class_axis)
+        logits = 2 * torch.randn(shape) + 4 * one_hot
         return name, "x".join(map(str, shape)), logits, labels, view, softmax
 
     def softmax(x: Tensor, y: Tensor) -> Tensor:
@@ -82,19 +83,19 @@ def measure(case: Case, rounds: int) -> dict[str, object]:
     name, shape, logits, labels, view, loss = case
     x, y = (part.contiguous() for part in view(logits, labels))
     times: dict[str, list[float]] = {"view": [], "image": [], "cross_entropy": []}
-    for _ in range(rounds + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first round is a warm-up
         times["view"].append(seconds(lambda a, b: loss(*view(a, b)), logits, labels))
         times["image"].append(seconds(loss, x, y))
         times["cross_entropy"].append(seconds(cross_entropy, x, y))
-    view_time, image_time, other = (statistics.median(of_one[1:]) for of_one in times.values())
+    view_time, image_time, other = (statistics.median(values[1:]) for values in times.values())
     return {"data": name, "logits": shape, "of_image": view_time / image_time, "of_cross_entropy": view_time / other}
 
 
 def table() -> str:
-    """The table of the documentation, reStructuredText."""
+    """The table of the documentation, in reStructuredText."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     lines = [".. list-table::", "   :header-rows: 1", ""]
-    rows = [("data", "logits", "of the same as an image", "of cross-entropy")]
+    rows = [("data", "logits", "time relative to images", "time relative to cross-entropy")]
     rows += [
         (row["data"], f"``{row['logits']}``", f"{row['of_image']:.1f}", f"{row['of_cross_entropy']:.1f}")
         for row in results["rows"]
@@ -103,15 +104,17 @@ def table() -> str:
         lines += [f"   {'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
     lines += [
         "",
-        f"Time forward and backward, as ratios: {results['machine']}, {results['date']}. Hard and easy pixels mixed.",
+        f"Forward and backward, on easy and hard pixels. Measured on {results['date']}: {results['machine']}.",
     ]
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--smoke", action="store_true", help="once, on small inputs, and without writing results")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of measurement (default: %(default)s)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="only check that everything runs, on small inputs, without writing results"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = [measure(case, 1 if args.smoke else args.rounds) for case in cases(8 if args.smoke else 1)]

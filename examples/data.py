@@ -1,4 +1,4 @@
-"""Training, validation and test images: scenes of handwritten digits, or pairs from your own folders."""
+"""Load the training, validation and test images: generated scenes of handwritten digits, or your own image folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,15 +7,16 @@ import digit_scenes
 import torch
 from folder_data import Palette, read_folder
 
-# The digits with a loop: the foreground of the binary task, 4 % of the pixels.
+# The digits with a loop are the foreground of the binary task. Their ink covers 4 % of the pixels.
 LOOPED = (0, 6, 8, 9)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, channels, H, W) in [0, 1] and labels (N, H, W) int64, 255 where ignored.
+    """Images (N, channels, H, W) in [0, 1] and their labels (N, H, W) int64, with 255 for ignored pixels.
 
-    ``files`` says how many files they come from, if they are tiles.
+    ``files`` is the number of files that the images were read from, or None for generated scenes. With tiles, one file
+    gives several images.
     """
 
     images: torch.Tensor
@@ -24,7 +25,7 @@ class Split:
 
 
 def scene_splits(counts: tuple[int, int, int], size: int, seed: int) -> dict[str, Split]:
-    """Training, validation and test scenes, each from scans that the other two do not see."""
+    """Compose training, validation and test scenes. No scan of a digit is used in more than one split."""
     scans = digit_scenes.split_scans(seed)
     return {
         name: Split(*digit_scenes.compose_scenes(scans[name], count, size, (seed, index)))
@@ -33,7 +34,7 @@ def scene_splits(counts: tuple[int, int, int], size: int, seed: int) -> dict[str
 
 
 def looped_digits(split: Split) -> Split:
-    """The binary task: 1 on the ink of the looped digits, 0 elsewhere."""
+    """Turn the labels into those of the binary task: 1 on the ink of digits with a loop, 0 elsewhere."""
     foreground = torch.tensor([1 + digit for digit in LOOPED])
     return Split(split.images, torch.isin(split.labels, foreground).long())
 
@@ -50,7 +51,10 @@ def folder_splits(
     palette: Palette = (),
     tile: bool = False,
 ) -> tuple[dict[str, Split], int]:
-    """The user's pairs, shuffled and divided 70 : 10 : 20 with at least one in each part, and the number of classes."""
+    """Read image and mask pairs, and divide them at random into training, validation and test (70 : 10 : 20).
+
+    Validation and test get at least one pair each. The second result is the number of classes.
+    """
     data = read_folder(
         images,
         masks,
@@ -61,7 +65,7 @@ def folder_splits(
         palette=palette,
         tile=tile,
     )
-    # Files are shuffled, not tiles: those of one file stay together.
+    # Shuffle files rather than tiles, so that all tiles of a file are in the same split.
     order = torch.randperm(len(data.stems), generator=torch.Generator().manual_seed(seed))
     validation, test = max(1, len(order) // 10), max(1, len(order) // 5)
     parts = order.split([len(order) - validation - test, validation, test])

@@ -1,8 +1,9 @@
-"""Find lakes in photographs of the Earth, with cross-entropy alone and with cross-entropy + Lovász: ``make demo``.
+"""Train two networks to find lakes in satellite photographs, one with cross-entropy, one with cross-entropy + Lovász.
 
-Both networks begin with the same weights and see the same batches, one process each. The command prints the IoU of
-both on test images, at the probability 0.5 and at the best threshold of the validation images, and writes the curves
-and a picture of what each has found into --out. Data, network and learning rates are those of evidence.py.
+Run it with ``make demo``. Both networks start from the same weights and see the same batches. Each is trained in its
+own process. The program prints the IoU of both on test images, at probability 0.5 and at the threshold that is best on
+the validation images. It writes the validation curves and a picture of the predictions to --out. The data, the network
+and the learning rates are those of evidence.py.
 """
 
 import argparse
@@ -27,14 +28,15 @@ from kornia.metrics import best_iou_threshold, iou_at_thresholds
 TASK, FOREGROUND = "lakes", 1
 ARMS = {"ce": "cross-entropy", "ce+lovasz": "cross-entropy + Lovász"}
 COLOURS = {"ce": "#808080", "ce+lovasz": "#1f77b4"}
-RATES = {"ce": 3e-3, "ce+lovasz": 1e-3}  # what evidence.py found
+RATES = {"ce": 3e-3, "ce+lovasz": 1e-3}  # the best learning rates found by evidence.py
 STEPS, SEED = 900, 0
-VALIDATIONS, SHOWN = 15, 6
+VALIDATIONS = 15  # during each training
+SHOWN = 6  # test images in the picture
 
 
 @dataclass
 class Outcome:
-    """What a network has learnt: validation IoU by step, and its logits of validation and test images."""
+    """The result of one training: validation IoU by step, and the final logits of the validation and test images."""
 
     curve: list[tuple[int, float]]
     validation: torch.Tensor
@@ -42,12 +44,12 @@ class Outcome:
 
 
 def iou_at_half(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """IoU of the pixels whose probability is above 0.5, the logit 0."""
+    """IoU at probability 0.5, which is logit 0."""
     return iou_at_thresholds(logits, labels, torch.zeros(1), ignore_index=IGNORE).item()
 
 
 def train(arm: str, steps: int, seed: int, rate: float, messages: Queue) -> None:
-    """Train one network; report each step, and in the end the outcome."""
+    """Train one network. Put a message in the queue after each step, and the final curve and logits at the end."""
     data = evidence.task_data(TASK, seed)
     torch.manual_seed(seed)
     model = evidence.build_network(evidence.TASKS[TASK], channels=3)
@@ -61,25 +63,25 @@ def train(arm: str, steps: int, seed: int, rate: float, messages: Queue) -> None
             validation = predict(model, data["validation"].images)
             curve.append((stage.done, iou_at_half(validation, data["validation"].labels)))
         messages.put((arm, curve[-1][1] if curve else float("nan")))
-    # As arrays: a tensor in a queue needs its sender to be alive.
+    # Send arrays, because a tensor in a queue becomes unreadable when the process that sent it ends.
     messages.put((arm, (curve, validation.numpy(), predict(model, data["test"].images).numpy())))
 
 
-def work(settings: dict, *arguments) -> None:
-    """What the process of a network does."""
+def run_worker(settings: dict, *arguments) -> None:
+    """Entry point of a worker process, which trains one network."""
     evidence.prepare_worker(quick=False)
     evidence.SETTINGS.update(settings)
     train(*arguments)
 
 
 def train_both(steps: int, seed: int, console: Console) -> dict[str, Outcome]:
-    """Train the networks side by side, with a bar for each."""
+    """Train both networks at the same time, with a progress bar for each."""
     context = get_context("spawn")
     messages = context.Queue()
     workers = []
     for arm in ARMS:
         arguments = (evidence.SETTINGS, arm, steps, seed, RATES[arm], messages)
-        workers.append(context.Process(target=work, args=arguments, daemon=True))
+        workers.append(context.Process(target=run_worker, args=arguments, daemon=True))
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes: dict[str, Outcome] = {}
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
@@ -91,7 +93,7 @@ def train_both(steps: int, seed: int, console: Console) -> dict[str, Outcome]:
                 arm, message = messages.get(timeout=5)
             except Empty:
                 if any(worker.exitcode for worker in workers):
-                    raise SystemExit("a network could not be trained: see the message above") from None
+                    raise SystemExit("training failed: see the error above") from None
                 continue
             if isinstance(message, tuple):
                 curve, validation, test = message
@@ -102,9 +104,9 @@ def train_both(steps: int, seed: int, console: Console) -> dict[str, Outcome]:
 
 
 def table(outcomes: dict[str, Outcome], data: dict[str, Split]) -> tuple[Table, dict[str, float]]:
-    """IoU on the test images, in per cent; and that at the best threshold of each network."""
+    """Make the table of test IoU in percent. The second result is the IoU of each network at its best threshold."""
     shown = Table(title=f"IoU of the lakes on {len(data['test'].images)} test images, %", title_justify="left")
-    for heading in ("trained with", "at 0.5", "at the best threshold", "which is"):
+    for heading in ("trained with", "at 0.5", "at the best threshold", "threshold"):
         shown.add_column(heading, justify="left" if heading == "trained with" else "right", no_wrap=True)
     best = {}
     for arm, outcome in outcomes.items():
@@ -117,7 +119,7 @@ def table(outcomes: dict[str, Outcome], data: dict[str, Split]) -> tuple[Table, 
 
 
 def draw_curves(path: Path, outcomes: dict[str, Outcome]) -> None:
-    """Validation IoU over the steps."""
+    """Plot the validation IoU against the steps."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for arm, outcome in outcomes.items():
         steps, values = zip(*outcome.curve)
@@ -128,10 +130,11 @@ def draw_curves(path: Path, outcomes: dict[str, Outcome]) -> None:
 
 
 def draw_lakes(path: Path, outcomes: dict[str, Outcome], test: Split) -> None:
-    """Test images with much lake: the photograph, the survey, and what each network has found, missed and imagined."""
+    """Draw the test images with the most lake pixels: photograph, labels, and the predictions of each network."""
     places = (test.labels == FOREGROUND).sum((1, 2)).topk(SHOWN).indices
     labels = test.labels[places]
-    rows = [("photograph", test.images[places].movedim(1, -1).sqrt().numpy())]  # brighter, as most of them are dark
+    # The square root brightens the photographs, most of which are dark.
+    rows = [("photograph", test.images[places].movedim(1, -1).sqrt().numpy())]
     rows.append(("lakes of the survey", report.colour_errors(labels.where(labels != IGNORE, 0), labels)))
     for arm, outcome in outcomes.items():
         found = (outcome.test[places, 0] > 0).long()
@@ -153,24 +156,30 @@ def draw_lakes(path: Path, outcomes: dict[str, Outcome], test: Split) -> None:
 
 
 def verdict(best: dict[str, float], steps: int) -> str:
-    """The result in words, with what it does not show."""
+    """Describe the result in words, and say that a single seed proves little."""
     alone, both = (report.percent(best[arm]) for arm in ARMS)
     return (
         f"After {steps:,} steps, cross-entropy + Lovász has an IoU of {both} %, and cross-entropy alone {alone} %.\n"
-        "This is one seed. Over five, cross-entropy took three times the steps to catch up, and after 8,100 steps "
-        "both were level: docs/source/evidence.rst."
+        "This is one seed. Over five seeds, cross-entropy needed three times as many steps to catch up. After 8,100 "
+        "steps both were level: see docs/source/evidence.rst."
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train both, and show what they have learnt."""
+    """Train both networks, print the table and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="batches of eight images (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the images, weights and batches (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of the pictures")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="training steps of eight images each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="random seed of the images, weights and batches (default: 0)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="folder for the pictures (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.steps < VALIDATIONS:
-        parser.error(f"--steps must be at least {VALIDATIONS}, one for each validation. Got: {args.steps}")
+        parser.error(f"--steps must be at least {VALIDATIONS}, the number of validations. Got: {args.steps}")
     console = Console()
     outcomes = train_both(args.steps, args.seed, console)
     outcomes = {arm: outcomes[arm] for arm in ARMS}

@@ -1,8 +1,8 @@
-"""Cluttered scenes of real handwriting: the 1,797 scanned digits that ship with scikit-learn, written on busy paper.
+"""Compose segmentation scenes from the 1,797 scanned handwritten digits that ship with scikit-learn.
 
-A scene is an image with values in [0, 1] and a label map of the same size: 0 is paper (and everything drawn on it that
-is not a digit), ``1 + d`` is the ink of the digit ``d``. Scans are divided among training, validation and test before
-any scene is made, so no test scene shows handwriting the network was trained on.
+A scene is an image with values in [0, 1] and a label map of the same size. Label ``1 + d`` is the ink of the digit
+``d``, and label 0 is everything else: the paper, and scribbles that are not digits. Scans are divided into training,
+validation and test before any scene is made, so a test scene never shows a scan from training.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
 @dataclass(frozen=True)
 class Scans:
-    """Scanned digits: ``ink`` (N, 8, 8) in [0, 1], ``digit`` (N,) in 0..9, ``row`` (N,) in scikit-learn's data set."""
+    """Scanned digits: ``ink`` (N, 8, 8) in [0, 1], ``digit`` (N,), and ``row`` (N,) in scikit-learn's data set."""
 
     ink: np.ndarray
     digit: np.ndarray
@@ -28,7 +28,7 @@ class Scans:
 
 
 def split_scans(seed: int) -> dict[str, Scans]:
-    """Divide the scans among the splits, every digit in the same proportion."""
+    """Divide the scans into the splits, with the same proportions for every digit."""
     digits = load_digits()
     rows = np.arange(len(digits.target))
     train, rest = train_test_split(rows, train_size=SHARES["train"], stratify=digits.target, random_state=seed)
@@ -45,7 +45,7 @@ def compose_scenes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compose ``count`` scenes: images (count, 1, size, size) float32 and labels (count, size, size) int64.
 
-    Each scene has its own random stream, so scene ``i`` is the same however many scenes are asked for.
+    Each scene has its own random generator, so scene ``i`` does not depend on ``count``.
     """
     images = np.empty((count, 1, size, size), np.float32)
     labels = np.empty((count, size, size), np.int64)
@@ -56,20 +56,19 @@ def compose_scenes(
 
 
 def compose_scene(rng: np.random.Generator, scans: Scans, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One scene: image (size, size) in [0, 1] and label map (size, size)."""
+    """Compose one scene: an image (size, size) in [0, 1] and a label map (size, size)."""
     darkness, label = write_digits(rng, scans, size)
-    # Scribbles run under the digits: the ink a label claims is always the ink one sees.
+    # Scribbles are drawn under the digits, so that labelled ink is always visible.
     darkness = np.maximum(darkness, np.where(label > 0, 0, scribble(rng, size)))
     image = paper(rng, size) - darkness + rng.normal(0, rng.uniform(0.02, 0.06), (size, size))
     return image.clip(0, 1), label
 
 
 def write_digits(rng: np.random.Generator, scans: Scans, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Write a few digits at random places: how much each pixel darkens, and whose ink it is.
+    """Write a few digits at random places, and return the darkness and the label of each pixel.
 
-    Digits may touch but not bury each other: a place where more than a tenth of the new digit would lie on ink is not
-    taken. Where two digits do meet, a pixel belongs to the later one, which lies on top. The largest digit takes 22
-    pixels, so ``size`` must be at least that.
+    A digit is left out if more than a tenth of it would cover the ink of others. Where two digits overlap, a pixel
+    belongs to the later one, which is drawn on top. The largest digit takes 22 pixels, so ``size`` must be at least 22.
     """
     darkness, label = np.zeros((size, size)), np.zeros((size, size), np.int64)
     for _ in range(max(1, round(rng.uniform(7, 11) * (size / 64) ** 2))):
@@ -88,13 +87,13 @@ def write_digits(rng: np.random.Generator, scans: Scans, size: int) -> tuple[np.
 
 
 def enlarge(scan: np.ndarray, side: float, degrees: float) -> np.ndarray:
-    """Scale a scan smoothly to about ``side`` pixels and turn it; values stay in [0, 1]."""
+    """Scale a scan to about ``side`` pixels with bicubic interpolation and rotate it. Values stay in [0, 1]."""
     image = Image.fromarray(scan.astype(np.float32)).resize((round(side), round(side)), Image.Resampling.BICUBIC)
     return np.asarray(image.rotate(degrees, Image.Resampling.BICUBIC, expand=True)).clip(0, 1)
 
 
 def scribble(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Pen strokes that are not digits but as dark and as thick, so that darkness alone gives nothing away."""
+    """Draw pen strokes as dark and as thick as digits, so that a network cannot find digits by their darkness alone."""
     darkness = np.zeros((size, size))
     t = np.linspace(0, 1, 20)[:, None]
     for _ in range(rng.integers(2, 6)):
@@ -109,7 +108,7 @@ def scribble(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def paper(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Unevenly lit, stained paper: a smooth random surface from a coarse grid."""
+    """Draw unevenly lit, stained paper: a slope of brightness plus a coarse random grid, scaled up smoothly."""
     stains = rng.normal(0, 0.08, (5, 5)).astype(np.float32)
     light = np.asarray(Image.fromarray(stains).resize((size, size), Image.Resampling.BICUBIC))
     slope = rng.normal(0, 0.12, 2) @ (np.mgrid[0:size, 0:size].reshape(2, -1) / size - 0.5)

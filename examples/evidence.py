@@ -1,9 +1,12 @@
-"""Does a Lovász loss pay? The same network trained with one loss after another, seed by seed: ``make evidence``.
+"""Compare losses by training the same network with each of them, on several seeds and for several numbers of steps.
 
-Every arm gets the same images, network, first weights, batches and number of steps. Learning rates are chosen first,
-loss by loss, on the validation images of seeds that the comparison leaves out. The number of steps is itself varied, as
-what a loss learns in few steps is not what it ends with. Each finished run is a line in examples/results, so the
-command can be interrupted and goes on with what is missing.
+Run it with ``make evidence``. An arm is one way of training: a loss, a mean of two losses, or two losses one after the
+other. All arms of a seed get the same images, initial weights, batches and number of steps. First, the learning rate of
+each arm is chosen on the validation images of seeds that the comparison does not use. Each arm is then trained for
+several numbers of steps, because the loss that learns fastest is not always the best in the end.
+
+Each finished run is written as a line of JSON to examples/results. If the program is interrupted, the next call trains
+only the runs that are missing.
 """
 
 import argparse
@@ -45,39 +48,39 @@ TASKS = {
     "digits": Task("multiclass", digit_scenes.CLASS_NAMES),
     "lakes": Task("binary", blue_marble.CLASS_NAMES),
 }
-# "a+b": the mean of two losses. "a>b": three quarters of the steps with a, the last quarter with b.
+# "a+b" is the mean of two losses. "a>b" trains three quarters of the steps with a and the last quarter with b.
 ONE_STAGE = ("ce", "dice", "jaccard", "lovasz", "ce+jaccard", "ce+lovasz")
 ARMS = {
     "digits": (*ONE_STAGE, "ce>ce", "ce>lovasz", "ce>ce+lovasz"),
     "lakes": (*ONE_STAGE, "hinge", "ce>ce", "ce>lovasz", "ce>hinge"),
 }
 SEEDS, BUDGETS = (0, 1, 2, 3, 4), (300, 900, 2700, 8100)
-# The longest training takes as long as all the others together, and is for what it can still tell something about:
-# cross-entropy, and the arms that were ahead of it on a task after 2,700 steps.
-ARMS_OF_LONGEST = {8100: ("ce", "ce+jaccard", "ce+lovasz")}
-# Does counting train as well as sorting? After one length, at the learning rate of the exact loss.
-ARMS_OF_BINS, RATE_OF = {900: ("ce+binned",)}, {"ce+binned": "ce+lovasz"}
-# What comes of keeping the weights that are best on validation images, which are looked at every so many steps?
-ARMS_OF_KEPT, BUDGETS_OF_KEPT, VALIDATE_EVERY = ("ce", "ce+jaccard", "ce+lovasz"), (900, 2700), 100
+# A budget is a number of training steps. The largest one takes as long as all others together, so it is only for
+# cross-entropy and the two mixtures that were ahead of it on a task after 2,700 steps.
+LIMITED_ARMS = {8100: ("ce", "ce+jaccard", "ce+lovasz")}
+# The binned loss is compared at one budget, with the learning rate that was found for the exact loss.
+EXTRA_ARMS, SHARED_RATES = {900: ("ce+binned",)}, {"ce+binned": "ce+lovasz"}
+# These arms are trained again, to compare the weights that are best on validation images with the last weights.
+BEST_WEIGHTS_ARMS, BEST_WEIGHTS_BUDGETS, VALIDATE_EVERY = ("ce", "ce+jaccard", "ce+lovasz"), (900, 2700), 100
 SEARCH_SEEDS, SEARCH_BUDGET = (1000, 1001, 1002), 600
-SECOND_STAGE = 0.25
+SECOND_STAGE = 0.25  # share of the steps in the second stage
 SETTINGS = {"size": 48, "scenes": [2400, 300, 600], "batch_size": 8}
-# The search begins with these rates of a ladder and goes on until the best one has both its neighbours tried.
+# The search starts with FIRST_RATES and continues until both neighbours of the best rate in RATES have been tried.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATES = {"one stage": (1e-3, 3e-3, 1e-2), "second stage": (3e-4, 1e-3, 3e-3)}
 QUICK = {
     "BUDGETS": (10, 30),
     "SEEDS": (0, 1),
     "SEARCH_BUDGET": 10,
-    "BUDGETS_OF_KEPT": (10,),
+    "BEST_WEIGHTS_BUDGETS": (10,),
     "VALIDATE_EVERY": 5,
     "SETTINGS": {"size": 48, "scenes": [64, 16, 16], "batch_size": 8},
 }
 
 
 def arms_at(task: str, budget: int) -> tuple[str, ...]:
-    """The arms that are trained for so many steps."""
-    return *ARMS_OF_LONGEST.get(budget, ARMS[task]), *ARMS_OF_BINS.get(budget, ())
+    """The arms that are trained on a task for this number of steps."""
+    return *LIMITED_ARMS.get(budget, ARMS[task]), *EXTRA_ARMS.get(budget, ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ def arms_at(task: str, budget: int) -> tuple[str, ...]:
 
 
 def build_network(task: Task, channels: int) -> nn.Module:
-    """A U-Net of 0.9 million weights that works on pixels of two by two, which takes a third of the time."""
+    """A U-Net with 0.9 million weights. It works at half resolution, which takes a third of the time."""
     unet = BasicUNet(
         spatial_dims=2,
         in_channels=4 * channels,
@@ -100,16 +103,16 @@ def build_network(task: Task, channels: int) -> nn.Module:
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of one output or several; the mean of the pixels that have a label."""
+    """Cross-entropy for one output or several, averaged over the pixels that are not ignored."""
     if logits.shape[1] == 1:
         return binary_cross_entropy(logits, labels)
     return F.cross_entropy(logits, labels, ignore_index=IGNORE)
 
 
 def overlap(logits: torch.Tensor, labels: torch.Tensor, *, jaccard: bool) -> torch.Tensor:
-    """1 less the soft Jaccard index or Dice score of the batch, a mean over the classes that occur.
+    """Soft Jaccard loss or Dice loss of the batch: 1 minus the score, averaged over the classes that occur.
 
-    One output is the logit of the foreground, and the background is no class then.
+    With one output, which is the logit of the foreground, only the foreground is scored.
     """
     valid = (labels != IGNORE).unsqueeze(1)
     if logits.shape[1] > 1:
@@ -127,7 +130,7 @@ def overlap(logits: torch.Tensor, labels: torch.Tensor, *, jaccard: bool) -> tor
 
 
 def lovasz(logits: torch.Tensor, labels: torch.Tensor, num_bins: int | None = None) -> torch.Tensor:
-    """Lovász-Softmax of the batch; of one output, the sigmoid loss, which is that of the foreground alone."""
+    """Lovász-Softmax loss of the batch, or the Lovász sigmoid loss of the foreground if there is one output."""
     options = {"per_image": False, "ignore_index": IGNORE, "num_bins": num_bins}
     if logits.shape[1] > 1:
         return lovasz_softmax_loss(logits, labels, classes="present", **options)
@@ -145,30 +148,30 @@ LOSSES: dict[str, Loss] = {
 
 
 def make_loss(name: str) -> Loss:
-    """The loss that an arm names: one, or the mean of several."""
+    """The loss with a name such as "ce" or "ce+lovasz", which is the mean of the two."""
     losses = [LOSSES[part] for part in name.split("+")]
     return lambda logits, labels: sum(loss(logits, labels) for loss in losses) / len(losses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One job: the runs of a task, a seed and a budget that share their first stage
+# Running a job: one run, or several two-stage runs with the same task, seed and budget, which share their first stage
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def task_data(task: str, seed: int) -> dict[str, Split]:
-    """The images and labels of a task, no more of each than the settings say."""
+    """The images and labels of a task, limited to the numbers of images in SETTINGS."""
     if task == "digits":
         return scene_splits(tuple(SETTINGS["scenes"]), SETTINGS["size"], seed)
     chosen = {}
-    for (name, split), most in zip(blue_marble.tiles(seed, SETTINGS["size"]).items(), SETTINGS["scenes"], strict=True):
-        part = torch.randperm(len(split[0]), generator=torch.Generator().manual_seed(seed))[:most]
+    for (name, split), limit in zip(blue_marble.tiles(seed, SETTINGS["size"]).items(), SETTINGS["scenes"], strict=True):
+        part = torch.randperm(len(split[0]), generator=torch.Generator().manual_seed(seed))[:limit]
         chosen[name] = Split(*(tensor[part] for tensor in split))
     return chosen
 
 
 def run_job(job: dict) -> list[dict]:
-    """Train the runs of a job; a record of each."""
+    """Train the runs of a job and return a record of each."""
     task, data = TASKS[job["task"]], task_data(job["task"], job["seed"])
     torch.manual_seed(job["seed"])
     initial = build_network(task, channels=data["train"].images.shape[1])
@@ -194,14 +197,14 @@ def run_job(job: dict) -> list[dict]:
 
 
 def train(model: nn.Module, data: Split, loss: str, steps: int, rate: float, seed: int) -> None:
-    """One stage; its learning rate rises from near 0."""
+    """Train one stage."""
     stage = Stage(model, data, make_loss(loss), steps=steps, lr=rate, batch_size=SETTINGS["batch_size"], seed=seed)
     while stage.done < stage.steps:
         stage.step()
 
 
-def run_kept(job: dict) -> list[dict]:
-    """Train the runs of a job again, and keep the weights that are best on validation images; a record of each."""
+def run_best_weights_job(job: dict) -> list[dict]:
+    """Train the runs of a job and measure both the last weights and those that were best on validation images."""
     task, data = TASKS[job["task"]], task_data(job["task"], job["seed"])
     torch.manual_seed(job["seed"])
     initial = build_network(task, channels=data["train"].images.shape[1])
@@ -226,7 +229,10 @@ def run_kept(job: dict) -> list[dict]:
 
 
 def measure(model: nn.Module, task: Task, data: dict[str, Split]) -> dict:
-    """IoU on validation and test images: at probability 0.5 and, if binary, at the best threshold of validation."""
+    """Measure the IoU on validation and test images.
+
+    A binary task is measured at probability 0.5 and at the threshold that is best on the validation images.
+    """
     if not task.is_binary:
         of_split = {name: evaluate(model, data[name], task) for name in ("validation", "test")}
         means = {f"{name} at half": evaluation.score for name, evaluation in of_split.items()}
@@ -248,7 +254,7 @@ def measure(model: nn.Module, task: Task, data: dict[str, Split]) -> dict:
 
 @lru_cache(maxsize=1)
 def circumstances() -> dict:
-    """When, where and with what."""
+    """The date, the machine and the package versions, for the records."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "monai", "kornia", "scikit-learn")}
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -261,23 +267,23 @@ def circumstances() -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is to be trained
+# Which jobs are still to be done
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> list[dict]:
-    """The finished runs in a file."""
+    """Read the finished runs from a file, and check that they have the current settings."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     for record in records:
         if record["settings"] != SETTINGS:
             raise SystemExit(
-                f"{path} holds runs with other settings: {record['settings']}. Move it away and run again."
+                f"{path} has runs with other settings: {record['settings']}. Move the file away and run again."
             )
     return records
 
 
 def scores_by_rate(search: list[dict]) -> dict[tuple[str, str], dict[float, float]]:
-    """For every task and arm, at each rate tried for its last stage, the mean validation IoU of the seeds."""
+    """Mean validation IoU over the seeds, by task and arm, for each rate of the last stage that all seeds tried."""
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for record in search:
         iou = record.get("validation at best", record["validation at half"])
@@ -295,7 +301,7 @@ def best_rate(scores: dict[float, float]) -> float:
 
 
 def next_rates(tried: dict[float, float], first: tuple[float, ...]) -> list[float]:
-    """The rates to try next; none once the best one has both its neighbours on the ladder tried."""
+    """The rates to try next. The list is empty once both neighbours of the best rate have been tried."""
     if missing := [rate for rate in first if rate not in tried]:
         return missing
     place = RATES.index(best_rate(tried))
@@ -303,7 +309,7 @@ def next_rates(tried: dict[float, float], first: tuple[float, ...]) -> list[floa
 
 
 def search_jobs(search: list[dict]) -> list[dict]:
-    """What the search for learning rates has to train next: first for one stage, then for the second stage."""
+    """The next jobs of the search for learning rates: first the single-stage arms, then the second stages."""
     scores = scores_by_rate(search)
     finished = {(r["task"], r["arm"], r["rates"][-1], r["seed"]) for r in search}
     for kind, first in FIRST_RATES.items():
@@ -316,32 +322,33 @@ def search_jobs(search: list[dict]) -> list[dict]:
                 for rate in next_rates(scores.get((task, arm), {}), first)
                 if (task, arm, rate, seed) not in finished
             ]
-            jobs += in_jobs(task, seed, SEARCH_BUDGET, runs)
+            jobs += group_runs(task, seed, SEARCH_BUDGET, runs)
         if jobs:
             return jobs
     return []
 
 
 def comparison_jobs(done: list[dict], search: list[dict]) -> list[dict]:
-    """The runs that the comparison lacks, the shortest first."""
+    """The jobs that are missing from the comparison, the shortest first."""
     scores = scores_by_rate(search)
     finished = {(r["task"], r["arm"], r["budget"], r["seed"]) for r in done}
     jobs = []
     for budget, seed, task in itertools.product(BUDGETS, SEEDS, TASKS):
         runs = []
         for arm in arms_at(task, budget):
-            rates = [best_rate(scores[task, name]) for name in (["ce", arm] if ">" in arm else [RATE_OF.get(arm, arm)])]
+            rate_arms = ["ce", arm] if ">" in arm else [SHARED_RATES.get(arm, arm)]
+            rates = [best_rate(scores[task, name]) for name in rate_arms]
             if (task, arm, budget, seed) not in finished:
                 runs.append((arm, rates))
-        jobs += in_jobs(task, seed, budget, runs)
+        jobs += group_runs(task, seed, budget, runs)
     return jobs
 
 
-def kept_jobs(done: list[dict], search: list[dict]) -> list[dict]:
-    """The runs that keep their best weights and are still to be made."""
+def best_weights_jobs(done: list[dict], search: list[dict]) -> list[dict]:
+    """The jobs that are missing from the comparison of best weights with last weights."""
     scores = scores_by_rate(search)
     finished = {(r["task"], r["arm"], r["budget"], r["seed"]) for r in done}
-    every = itertools.product(BUDGETS_OF_KEPT, SEEDS, TASKS, ARMS_OF_KEPT)
+    every = itertools.product(BEST_WEIGHTS_BUDGETS, SEEDS, TASKS, BEST_WEIGHTS_ARMS)
     return [
         {"task": task, "seed": seed, "budget": budget, "runs": [(arm, [best_rate(scores[task, arm])])]}
         for budget, seed, task, arm in every
@@ -349,8 +356,8 @@ def kept_jobs(done: list[dict], search: list[dict]) -> list[dict]:
     ]
 
 
-def in_jobs(task: str, seed: int, budget: int, runs: list) -> list[dict]:
-    """A job for each run, but one for all runs that share a first stage, which take longest and come first."""
+def group_runs(task: str, seed: int, budget: int, runs: list) -> list[dict]:
+    """Group runs into jobs: the two-stage runs share a job, which comes first as the longest. Others get one each."""
     together = [run for run in runs if ">" in run[0]]
     groups = ([together] if together else []) + [[run] for run in runs if ">" not in run[0]]
     return [{"task": task, "seed": seed, "budget": budget, "runs": group} for group in groups]
@@ -360,7 +367,7 @@ def in_jobs(task: str, seed: int, budget: int, runs: list) -> list[dict]:
 
 
 def prepare_worker(quick: bool) -> None:
-    """One thread in each process; the parent alone minds Ctrl-C."""
+    """Set up a worker process: it uses one thread, and leaves Ctrl-C to the parent process."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if quick:
@@ -368,11 +375,11 @@ def prepare_worker(quick: bool) -> None:
 
 
 def main() -> None:
-    """Search the learning rates, then train what the comparison lacks."""
+    """Search for the learning rates, then train the runs that are missing from the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="a few steps of each run, to see the shape of it")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: examples/results)")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes, each with one thread (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="train only a few steps per run, to try out the program")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: examples/results)")
     args = parser.parse_args()
     if args.quick:
         globals().update(QUICK)
@@ -385,7 +392,7 @@ def main() -> None:
         Progress(*columns, console=Console()) as progress,
     ):
 
-        def work(jobs: list[dict], path: Path, title: str, run: Callable[[dict], list[dict]] = run_job) -> None:
+        def run_all(jobs: list[dict], path: Path, title: str, run: Callable[[dict], list[dict]] = run_job) -> None:
             bar = progress.add_task(title, total=sum(len(job["runs"]) for job in jobs))
             with path.open("a", encoding="utf-8") as file:
                 for records in pool.imap_unordered(run, jobs):
@@ -394,13 +401,13 @@ def main() -> None:
                     progress.advance(bar, len(records))
 
         while jobs := search_jobs(read(search)):
-            work(jobs, search, "learning rates")
-        work(comparison_jobs(read(runs), read(search)), runs, "comparison")
-        work(kept_jobs(read(kept), read(search)), kept, "best weights", run_kept)
+            run_all(jobs, search, "learning rates")
+        run_all(comparison_jobs(read(runs), read(search)), runs, "comparison")
+        run_all(best_weights_jobs(read(kept), read(search)), kept, "best weights", run_best_weights_job)
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command goes on from here") from None
+        raise SystemExit("\nstopped; run the same command again to continue") from None

@@ -1,6 +1,7 @@
-"""What the runs of evidence.py say: tables and a figure from examples/results.
+"""Make the tables and figures of the comparison from the runs that evidence.py wrote to examples/results.
 
-``python examples/evidence_table.py`` draws examples/results/evidence.png and renews the tables in examples/README.md.
+``python examples/evidence_table.py`` draws evidence.png and curves.png in examples/results, and updates the tables in
+examples/README.md. Building the documentation makes the same tables.
 """
 
 from collections.abc import Iterable
@@ -35,9 +36,9 @@ NAMES = {
     "ce>ce+lovasz": "cross-entropy, then both",
     "ce>hinge": "cross-entropy, then Lovász hinge",
 }
-# From the shortest training to the longest, which has fewer arms.
+# One colour for each budget, from the smallest to the largest. The largest stands out because fewer arms have it.
 COLOURS = ("#9ecae1", "#3182bd", "#08306b", "#d94801")
-# What is reported of each task: a title, and the name in the records.
+# The measures that are reported for each task: the title, and the key in the records.
 MEASURES = {
     "digits": {"digits": "test at half"},
     "lakes": {"lakes, at the best threshold": "test at best", "lakes, at probability 0.5": "test at half"},
@@ -46,14 +47,14 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval, ``mean - half`` to ``mean + half``, by Student's t distribution."""
+    """A mean with its 95 % confidence interval, ``mean - half`` to ``mean + half``, by Student's t distribution."""
 
     mean: float
     half: float
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Interval":
-        """The interval of independent values, one from each seed; of fewer than three it says nothing, and is nan."""
+        """The interval of independent values, one per seed. It is nan for fewer than three, which are too few."""
         if len(values) < 3:
             return cls(values.mean(), np.nan)
         error = values.std(ddof=1) / np.sqrt(len(values))
@@ -65,7 +66,7 @@ class Interval:
 
 
 class Runs:
-    """The finished runs, and after each budget the seeds that all its arms have, so that all compare the same."""
+    """The finished runs. Tables and figures compare only the seeds that all arms of a task and budget have finished."""
 
     def __init__(self, records: list[dict]) -> None:
         self.records = records
@@ -81,20 +82,20 @@ class Runs:
         }
 
     def budgets(self, task: str) -> list[int]:
-        """Those that at least one seed has finished."""
+        """The budgets for which at least one seed has been finished by all arms."""
         return [budget for budget in sorted(evidence.BUDGETS) if self.seeds[task, budget]]
 
     def iou(self, task: str, arm: str, budget: int, measure: str) -> np.ndarray:
-        """In percent, one for each seed."""
+        """The IoU of each seed, in percent."""
         return np.array([100 * self.found[task, arm, budget, seed][measure] for seed in self.seeds[task, budget]])
 
     def difference(self, task: str, arm: str, budget: int, measure: str) -> Interval:
-        """From cross-entropy on the same seeds, in percentage points."""
+        """The difference from cross-entropy on the same seeds, in percentage points."""
         return Interval.of(self.iou(task, arm, budget, measure) - self.iou(task, REFERENCE, budget, measure))
 
 
 def table(runs: Runs, task: str, measure: str) -> list[list[str]]:
-    """A heading and a row for every arm: mean test IoU after each budget, and its difference from cross-entropy."""
+    """A table with a row for each arm: mean test IoU after each budget, and its difference from cross-entropy."""
     budgets = runs.budgets(task)
     seeds = {budget: len(runs.seeds[task, budget]) for budget in budgets}
     lines = [["training", *(f"{budget:,} steps, {n} seed{'s' * (n > 1)}" for budget, n in seeds.items())]]
@@ -111,19 +112,19 @@ def table(runs: Runs, task: str, measure: str) -> list[list[str]]:
 
 
 def steps_of_reference(runs: Runs, task: str, arm: str, budget: int, measure: str) -> np.ndarray:
-    """How many steps cross-entropy takes on each seed to the IoU that an arm has after a budget.
+    """The number of steps that cross-entropy needs, on each seed, to reach the IoU that an arm has after a budget.
 
-    Between two budgets its IoU is taken to rise in proportion to the logarithm of the steps. Where the longest training
-    does not get there, the number is inf.
+    Between two budgets, the IoU of cross-entropy is assumed to rise in proportion to the logarithm of the steps. If
+    cross-entropy does not reach the IoU with any budget, the number is inf.
     """
     budgets = runs.budgets(task)
     curves = np.stack([runs.iou(task, REFERENCE, each, measure) for each in budgets])
     needed = []
     for curve, target in zip(curves.T, runs.iou(task, arm, budget, measure), strict=True):
-        place = int(np.argmax(curve >= target))  # the first budget that is enough
+        place = int(np.argmax(curve >= target))  # the first budget with which cross-entropy reaches the target
         if curve.max() < target:
             needed.append(np.inf)
-        elif place == 0:  # the shortest training is enough: fewer steps were not tried
+        elif place == 0:  # no smaller budget was tried
             needed.append(budgets[0])
         else:
             between = slice(place - 1, place + 1)
@@ -132,7 +133,7 @@ def steps_of_reference(runs: Runs, task: str, arm: str, budget: int, measure: st
 
 
 def ratio_of_steps(runs: Runs, task: str, arm: str, budget: int, measure: str) -> str:
-    """How many times as many steps cross-entropy takes: geometric mean and 95 % interval, paired by seed."""
+    """How many times as many steps cross-entropy needs: geometric mean and 95 % interval, paired by seed."""
     ratios = steps_of_reference(runs, task, arm, budget, measure) / budget
     if missed := int(np.isinf(ratios).sum()):
         return f"not reached on {missed} of {len(ratios)} seeds"
@@ -142,7 +143,7 @@ def ratio_of_steps(runs: Runs, task: str, arm: str, budget: int, measure: str) -
 
 
 def ratio_table(runs: Runs) -> list[list[str]]:
-    """A heading and a row for each mixture of each task."""
+    """A table of these ratios, with a row for each mixture on each task."""
     budgets = [300, 900, 2700]
     lines = [["", *(f"after {budget:,} steps" for budget in budgets)]]
     for task, measures in MEASURES.items():
@@ -154,7 +155,7 @@ def ratio_table(runs: Runs) -> list[list[str]]:
 
 
 def draw_curves(runs: Runs, path: Path) -> None:
-    """Test IoU against the number of steps, of cross-entropy and of the mixtures: each seed, and the mean."""
+    """Plot test IoU against the number of steps, for cross-entropy and the mixtures: each seed, and the mean."""
     figure, axes = plt.subplots(1, len(MEASURES), figsize=(9, 3.8), layout="constrained")
     for axis, (task, measures) in zip(axes, MEASURES.items(), strict=True):
         title, measure = next(iter(measures.items()))
@@ -175,8 +176,8 @@ def draw_curves(runs: Runs, path: Path) -> None:
 
 
 def kept_table(records: list[dict]) -> list[list[str]]:
-    """A heading and a row for each task and arm: test IoU with the last weights, and with those best on validation."""
-    lines = [["after 900 steps", "last weights", "best on validation", "kept after steps (median)"]]
+    """A table of test IoU with the last weights and with the weights that were best on validation images."""
+    lines = [["after 900 steps", "last weights", "best weights on validation", "step of the best weights (median)"]]
     for task, measures in MEASURES.items():
         title, measure = next(iter(measures.items()))
         found = {(r["arm"], r["seed"]): r for r in records if r["task"] == task}
@@ -184,7 +185,7 @@ def kept_table(records: list[dict]) -> list[list[str]]:
         def iou(arm: str, which: str, found: dict = found, measure: str = measure) -> np.ndarray:
             return np.array([100 * found[arm, seed][which][measure] for seed in evidence.SEEDS])
 
-        for arm in evidence.ARMS_OF_KEPT:
+        for arm in evidence.BEST_WEIGHTS_ARMS:
             cells = []
             for which in ("last", "kept"):
                 gain = "" if arm == REFERENCE else f" ({Interval.of(iou(arm, which) - iou(REFERENCE, which))})"
@@ -195,21 +196,21 @@ def kept_table(records: list[dict]) -> list[list[str]]:
 
 
 def arms(task: str, budgets: Iterable[int]) -> list[str]:
-    """The arms that are trained for these numbers of steps, in the order of the tables."""
+    """The arms that are trained with any of these budgets, in the order of the tables."""
     return [arm for arm in NAMES if any(arm in evidence.arms_at(task, budget) for budget in budgets)]
 
 
 def titled_tables(runs: Runs) -> dict[str, list[list[str]]]:
-    """Every table of the comparison under its title."""
+    """All tables of the comparison, by title."""
     return {
         title: table(runs, task, measure) for task, measures in MEASURES.items() for title, measure in measures.items()
     }
 
 
 def rate_table(search: list[dict]) -> list[list[str]]:
-    """A heading and a row for every arm: the rates tried, with the mean validation IoU of each; the best is chosen."""
+    """A table with a row for each arm: the learning rates tried, their mean validation IoU, and the rate chosen."""
     scores = evidence.scores_by_rate(search)
-    lines = [["task", "training", "validation IoU at each learning rate of its last stage", "chosen"]]
+    lines = [["task", "training", "learning rate of the last stage: validation IoU", "rate chosen"]]
     for task in evidence.TASKS:
         for arm in [arm for arm in NAMES if arm in evidence.ARMS[task]]:
             of_arm = scores[task, arm]
@@ -219,20 +220,21 @@ def rate_table(search: list[dict]) -> list[list[str]]:
 
 
 def setting(runs: Runs) -> str:
-    """What the numbers come from, in one sentence."""
+    """Say how the numbers were obtained: runs, dates, machine and versions."""
     last = runs.records[-1]
     dates = sorted({record["date"] for record in runs.records})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    when = f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}"
     return (
-        f"{len(runs.records)} runs; means over the seeds, and differences from cross-entropy, paired by seed, with "
-        f"95 % intervals from three seeds on; {when}, "
-        f"one core of {last['machine']} a run, PyTorch {last['versions']['torch'].partition('+')[0]}, "
-        f"MONAI {last['versions']['monai']}, Python {last['versions']['python']}"
+        f"{len(runs.records)} runs in total. The tables show means over the seeds and, in parentheses, the difference "
+        "from cross-entropy, paired by seed, with its 95 % interval. "
+        f"Trained {when}, each run on one core of {last['machine']}, with "
+        f"PyTorch {last['versions']['torch'].partition('+')[0]}, MONAI {last['versions']['monai']} and "
+        f"Python {last['versions']['python']}"
     )
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """For each task and arm, the difference of its test IoU from that of cross-entropy after each budget."""
+    """Plot the difference in test IoU from cross-entropy, for each task, arm and budget."""
     shown = {task: [arm for arm in arms(task, runs.budgets(task)) if arm != REFERENCE] for task in MEASURES}
     figure, axes = plt.subplots(
         len(shown), 1, figsize=(8, 8.5), height_ratios=[len(names) for names in shown.values()], layout="constrained"
@@ -267,39 +269,39 @@ def draw(runs: Runs, path: Path) -> None:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A table for a README."""
+    """A table in Markdown."""
     rule = ["---", *["---:"] * (len(lines[0]) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def rest(lines: list[list[str]], title: str) -> str:
-    """A table for the documentation."""
+    """A table in reStructuredText."""
     rows = [("   * - " if index == 0 else "     - ") + cell for line in lines for index, cell in enumerate(line)]
     return "\n".join([f".. list-table:: {title}", "   :header-rows: 1", "", *(row.rstrip() for row in rows), ""])
 
 
 def readme_block(runs: Runs) -> str:
-    """The part of the README between the marks."""
+    """The text between MARKS in examples/README.md."""
     parts = [f"**{title}**\n\n{markdown(lines)}" for title, lines in titled_tables(runs).items()]
-    return "\n\n".join([MARKS[0], *parts, f"({setting(runs)}.)", MARKS[1]])
+    return "\n\n".join([MARKS[0], *parts, f"{setting(runs)}.", MARKS[1]])
 
 
 def read() -> Runs:
-    """The results in the repository."""
+    """The finished runs in the repository."""
     return Runs(evidence.read(RUNS))
 
 
 def write_docs(folder: Path) -> None:
-    """Tables and figure for the documentation."""
+    """Write the tables and figures of the documentation."""
     runs = read()
     folder.mkdir(parents=True, exist_ok=True)
     tables = [rest(lines, f"Test IoU in percent: {title}") for title, lines in titled_tables(runs).items()]
-    rates = rest(rate_table(evidence.read(SEARCH)), "Search of the learning rates")
+    rates = rest(rate_table(evidence.read(SEARCH)), "Search for the learning rates, with the validation IoU in percent")
     for name, text in (
         ("evidence", "\n".join(tables)),
         ("rates", rates),
         ("kept", rest(kept_table(evidence.read(KEPT)), "Test IoU in percent, and the difference from cross-entropy")),
-        ("ratios", rest(ratio_table(runs), "Steps of cross-entropy, in multiples of those of the mixture")),
+        ("ratios", rest(ratio_table(runs), "Steps that cross-entropy needs, divided by the steps of the mixture")),
         ("setting", setting(runs) + ".\n"),
     ):
         (folder / f"{name}.rst").write_text(text, encoding="utf-8")
@@ -308,7 +310,7 @@ def write_docs(folder: Path) -> None:
 
 
 def main() -> None:
-    """Renew the README and the figure."""
+    """Update the README and the figures."""
     runs = read()
     readme = ROOT / "README.md"
     before, _, rest_of_it = readme.read_text(encoding="utf-8").partition(MARKS[0])

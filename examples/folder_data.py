@@ -1,6 +1,6 @@
-"""Your own data: a folder of images and a folder of masks, paired by file name without its ending.
+"""Read your own data: a folder of images and a folder of masks, paired by file name without the extension.
 
-Whatever is wrong with a folder is a `DataError` that names the files, a line for each of the first few.
+If files cannot be used, the functions raise a `DataError` whose message has one line per file, up to a limit.
 """
 
 from collections.abc import Sequence
@@ -13,23 +13,24 @@ from PIL import Image, ImageOps
 
 IGNORE = 255
 MIN_PAIRS = 3
-MAX_FAULTS = 10  # lines of one message
-MAX_MISSING = 8  # labels that no mask holds, below the largest
-MAX_LISTED = 20  # labels in one message
-ENDINGS = frozenset(Image.registered_extensions())
+MAX_FAULTS = 10  # lines in one error message
+MAX_MISSING = 8  # unused labels below the largest one that are accepted without --num-classes
+MAX_LISTED = 20  # labels in one error message
+EXTENSIONS = frozenset(Image.registered_extensions())
 
 Palette = Sequence[tuple[int, int, int]]  # the colour of each class
 
 
 class DataError(Exception):
-    """The data cannot be used; the message says which file is at fault and what was expected."""
+    """The data cannot be used. The message names the file and says what was expected."""
 
 
 @dataclass(frozen=True)
 class FolderData:
-    """Images (N, 3, size, size) in [0, 1], labels (N, size, size) int64 with 255 where ignored, and the file stems.
+    """Images (N, 3, size, size) in [0, 1] and their labels (N, size, size) int64, with 255 for ignored pixels.
 
-    ``sources`` (N,) is the place of the file in ``stems``: several tiles may come from one.
+    ``stems`` are the file names without extension. ``sources`` (N,) has, for each image, the index of its file in
+    ``stems``. With tiles, several images come from one file.
     """
 
     images: torch.Tensor
@@ -50,34 +51,40 @@ def read_folder(
     palette: Palette = (),
     tile: bool = False,
 ) -> FolderData:
-    """Read every pair and bring it to ``size`` x ``size``: images smoothly, masks by nearest neighbour.
+    """Read all pairs and scale them to ``size`` x ``size``: images with antialiasing, masks by nearest neighbour.
 
-    Binary masks hold 0 and 1, with 255 ignored; a folder whose masks never hold 1 uses 255 as foreground (0 and 255).
-    Multi-class masks hold class indices, with 255 ignored; ``num_classes`` defaults to the largest label plus one. With
-    a ``palette`` the masks are pictures in its colours, one for each class. The name of a mask is that of its image and
-    ``mask_suffix``. With ``tile`` nothing is scaled: every pair is cut into squares, those that are ignored left out.
+    Args:
+        image_dir: folder of images.
+        mask_dir: folder of masks. A mask has the name of its image plus ``mask_suffix``.
+        size: side of the squares, in pixels.
+        binary: masks have the labels 0 and 1, with 255 for ignored pixels. If no mask has the label 1, then 255 is the
+            foreground. Without ``binary``, masks have class indices, with 255 for ignored pixels.
+        num_classes: number of classes, by default the largest label plus one.
+        mask_suffix: what the name of a mask has in addition to the name of its image.
+        palette: the colour of each class, if the masks are in colour.
+        tile: cut every pair into squares instead of scaling it, and leave out squares where all pixels are ignored.
     """
     pairs = find_pairs(image_dir, mask_dir, mask_suffix)
     images, masks, faults = [], [], []
     for image_path, mask_path in pairs:
-        image, mask, of_pair = _read_pair(image_path, mask_path, palette)
+        image, mask, pair_faults = _read_pair(image_path, mask_path, palette)
         images.append(to_squares(image, size, tile=tile, smooth=True))
         masks.append(mask)
-        faults.append(of_pair)
+        faults.append(pair_faults)
 
     if binary and not palette and not any((mask == 1).any() for mask in masks):
         masks = [np.where(mask == IGNORE, 1, mask) for mask in masks]
     found = sorted({int(label) for mask in masks for label in np.unique(mask)})
-    of_folder = []
+    folder_faults = []
     if binary or palette:
         num_classes = 2 if binary else len(palette)
     elif num_classes is None:
         num_classes = 1 + max({1, *found} - {IGNORE})
-        of_folder = _sparse_labels(found, num_classes, mask_dir)
+        folder_faults = _sparse_labels(found, num_classes, mask_dir)
     labels = [to_squares(mask, size, tile=tile, smooth=False) for mask in masks]
-    for mask, label, of_pair, (_, mask_path) in zip(masks, labels, faults, pairs, strict=True):
-        of_pair += _label_faults(mask, label, mask_path, num_classes, binary=binary)
-    raise_all(of_folder + [fault for of_pair in faults for fault in of_pair])
+    for mask, label, pair_faults, (_, mask_path) in zip(masks, labels, faults, pairs, strict=True):
+        pair_faults += _label_faults(mask, label, mask_path, num_classes, binary=binary)
+    raise_all(folder_faults + [fault for pair_faults in faults for fault in pair_faults])
     _check_that_labels_differ(found, mask_dir, binary=binary)
 
     sources = np.repeat(np.arange(len(pairs)), [len(label) for label in labels])
@@ -93,7 +100,7 @@ def read_folder(
 
 
 def _read_pair(image_path: Path, mask_path: Path, palette: Palette) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Image and mask, without pixels if they cannot be read, and what is wrong with them."""
+    """Read an image and its mask, and list what is wrong with them. An unreadable file gives an empty array."""
     image, mask, faults = np.empty((0, 0, 3), np.float32), np.empty((0, 0), np.int64), []
     try:
         image = read_image(image_path)
@@ -112,41 +119,41 @@ def _read_pair(image_path: Path, mask_path: Path, palette: Palette) -> tuple[np.
 
 
 def _label_faults(mask: np.ndarray, label: np.ndarray, path: Path, num_classes: int, *, binary: bool) -> list[str]:
-    """What is wrong with the labels of a mask, before and after it was brought to size."""
+    """List what is wrong with the labels of a mask. ``label`` is the mask after scaling or tiling."""
     expected = "0 and 1, or 0 and 255," if binary else f"0 to {num_classes - 1}, or 255 to ignore a pixel,"
     wrong = mask[(mask < 0) | ((mask >= num_classes) & (mask != IGNORE))]
     if wrong.size:
-        return [f"{path}: the mask holds the label {wrong[0]}, but {expected} was expected"]
+        return [f"{path}: the mask has the label {wrong[0]}, but {expected} was expected"]
     if label.size and (label == IGNORE).all():
-        # A batch of such masks would have no mean, and a nan would spoil the network for good.
-        return [f"{path}: the mask ignores every pixel, so the pair is of no use; leave it out"]
+        # The cross-entropy of a batch of such masks would be nan, and a nan would destroy the weights of the network.
+        return [f"{path}: the mask ignores every pixel, so it is of no use; remove the image and its mask"]
     return []
 
 
 def _sparse_labels(found: list[int], num_classes: int, mask_dir: Path) -> list[str]:
-    """A fault if most classes up to the largest label never occur: grey values, say, that stand for a few classes."""
+    """Report a fault if most labels below the largest never occur, as when grey values stand for a few classes."""
     missing = num_classes - len({label for label in found if 0 <= label < num_classes})
     if missing <= max(MAX_MISSING, num_classes / 2):
         return []
     listed = ", ".join(map(str, found[:MAX_LISTED])) + (", ..." if len(found) > MAX_LISTED else "")
     fault = (
-        f"{mask_dir}: the masks hold the labels {listed}, which would be {num_classes} classes: renumber them from 0, "
-        f"with 255 for pixels to ignore, or give --num-classes {num_classes} if they are right"
+        f"{mask_dir}: the masks have the labels {listed}, which would be {num_classes} classes: renumber them from 0, "
+        f"with 255 for pixels to ignore, or give --num-classes {num_classes} if the labels are correct"
     )
     return [fault]
 
 
 def _check_that_labels_differ(found: list[int], mask_dir: Path, *, binary: bool) -> None:
-    """The IoU of an only label would be 1, whatever the network says."""
+    """Refuse masks with a single label, because nothing can be learnt from them."""
     classes = [label for label in found if label != IGNORE]
     if len(classes) == 1:
         ignored = IGNORE in found and not binary
         hint = ". 255 is ignored here; if it is the foreground, use --task binary" if ignored else ""
-        raise DataError(f"{mask_dir}: the masks hold the label {classes[0]} only: nothing can be learnt{hint}")
+        raise DataError(f"{mask_dir}: the masks have the label {classes[0]} only: nothing can be learnt{hint}")
 
 
 def raise_all(faults: Sequence[str]) -> None:
-    """Raise one error for all faults, if there are any."""
+    """Raise one error that lists all faults, if there are any."""
     lines = list(faults)
     if len(lines) > MAX_FAULTS:
         lines[MAX_FAULTS:] = [f"and {len(lines) - MAX_FAULTS} more faults"]
@@ -155,7 +162,7 @@ def raise_all(faults: Sequence[str]) -> None:
 
 
 def find_pairs(image_dir: Path, mask_dir: Path, mask_suffix: str = "") -> list[tuple[Path, Path]]:
-    """Image and mask paths of equal stem, in the order of the stems; masks without an image are left aside."""
+    """Find the paths of images and their masks, sorted by stem. Masks without an image are left out."""
     image_paths, mask_paths = files_by_stem(image_dir), files_by_stem(mask_dir)
     missing = [stem for stem in image_paths if stem + mask_suffix not in mask_paths]
     if missing:
@@ -163,7 +170,7 @@ def find_pairs(image_dir: Path, mask_dir: Path, mask_suffix: str = "") -> list[t
         suffixes = {mask[len(stem) :] for mask in mask_paths for stem in missing if mask.startswith(stem)}
         for suffix in sorted(suffixes - {mask_suffix}, key=len):
             if all(stem + suffix in mask_paths for stem in image_paths):
-                hint = f"; there is {mask_paths[missing[0] + suffix].name}: give --mask-suffix {suffix}"
+                hint = f"; but there is {mask_paths[missing[0] + suffix].name}: give --mask-suffix {suffix}"
                 break
         raise_all([f"{image_paths[stem]}: no mask {stem + mask_suffix}.* in {mask_dir}{hint}" for stem in missing])
     if len(image_paths) < MIN_PAIRS:
@@ -174,40 +181,42 @@ def find_pairs(image_dir: Path, mask_dir: Path, mask_suffix: str = "") -> list[t
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:
-    """The images of a folder, in the order of their stems."""
+    """The paths of the image files in a folder, by stem."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     paths: dict[str, Path] = {}
     faults = []
     for path in sorted(folder.iterdir()):
-        # Other files, such as the Thumbs.db of Windows, lie beside images.
-        if path.name.startswith(".") or not path.is_file() or path.suffix.lower() not in ENDINGS:
+        # Skip files that are not images, such as Thumbs.db on Windows.
+        if path.name.startswith(".") or not path.is_file() or path.suffix.lower() not in EXTENSIONS:
             continue
         if path.stem in paths:
-            faults.append(f"{path}: {paths[path.stem].name} has the same name up to its ending, so pairs are unclear")
+            faults.append(
+                f"{path}: {paths[path.stem].name} has the same name except for the extension, so pairs are ambiguous"
+            )
         paths[path.stem] = path
     raise_all(faults)
     if not paths:
-        raise DataError(f"{folder}: the folder is empty, or holds no file with the ending of an image")
+        raise DataError(f"{folder}: the folder is empty, or none of its files has the extension of an image")
     return paths
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read any image as (H, W, 3) float32 in [0, 1]."""
+    """Read an image as (H, W, 3) float32 in [0, 1]."""
     image = _open(path)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8 bits
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8 bits in convert("RGB")
         grey = np.asarray(image, np.float32) / np.iinfo(np.uint16).max
         return np.repeat(grey[..., None], 3, axis=-1)
     return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
 def _labels_of(mask: Image.Image, path: Path, palette: Palette) -> np.ndarray:
-    """A mask as (H, W) int64: one channel of labels, of a palette image its indices, or colours of ``palette``."""
+    """The labels (H, W) int64 of a mask: from its only channel, or from its colours if a ``palette`` is given."""
     hint = "; JPEG blurs labels, so save masks as PNG from the start" if mask.format == "JPEG" else ""
     if palette:
         labels, unlisted = _labels_of_colours(np.asarray(mask.convert("RGB")), palette)
         if unlisted:
-            raise DataError(f"{path}: the mask holds the colour {unlisted}, which --palette does not list{hint}")
+            raise DataError(f"{path}: the mask has the colour {unlisted}, which is not in --palette{hint}")
         return labels
     if len(mask.getbands()) != 1 or mask.mode == "F":
         colours = "" if mask.mode == "F" else "; if each colour stands for a class, list them with --palette"
@@ -217,14 +226,14 @@ def _labels_of(mask: Image.Image, path: Path, palette: Palette) -> np.ndarray:
         )
     labels = np.asarray(mask).astype(np.int64)
     found = np.unique(labels).tolist()
-    # What blurring makes of class indices are class indices, too: only black and white show that they are as drawn.
+    # Blurred class indices look like other class indices. Only a mask of pure black and white is certainly not blurred.
     if hint and len(found) > 1 and found != [0, IGNORE]:
-        raise DataError(f"{path}: the mask holds {len(found)} different labels{hint}")
+        raise DataError(f"{path}: the mask has {len(found)} different labels{hint}")
     return labels
 
 
 def _labels_of_colours(pixels: np.ndarray, palette: Palette) -> tuple[np.ndarray, str]:
-    """The place of every pixel's colour in the palette, and one colour that is not in it, if there is any."""
+    """The index in the palette of each pixel's colour, and one colour that is not in the palette, or an empty text."""
     labels = np.full(pixels.shape[:2], -1, np.int64)
     for label, colour in enumerate(palette):
         labels[(pixels == colour).all(axis=-1)] = label
@@ -235,7 +244,7 @@ def _labels_of_colours(pixels: np.ndarray, palette: Palette) -> tuple[np.ndarray
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            # Phones store the turn of a photo beside its pixels; masks are drawn on the photo as one sees it.
+            # Phones store the orientation of a photo as metadata, but masks are drawn on the upright photo.
             turned = ImageOps.exif_transpose(image)
             turned.format = image.format
             return turned
@@ -244,23 +253,24 @@ def _open(path: Path) -> Image.Image:
 
 
 def to_squares(pixels: np.ndarray, size: int, *, tile: bool, smooth: bool) -> np.ndarray:
-    """Pixels (H, W, ...) as (N, size, size, ...): scaled to one square, or cut into several and padded.
+    """Turn pixels (H, W, ...) into squares (N, size, size, ...), by scaling to one square or cutting into tiles.
 
-    What is smooth is an image, anything else are labels.
+    Tiles are padded at the right and the bottom. ``smooth`` is for images: scaling is antialiased and the padding is 0.
+    Otherwise the pixels are labels: scaling takes the nearest neighbour and the padding is ignored.
     """
     if not pixels.size:
         return pixels
     if not tile:
         return _resize(pixels, size, smooth=smooth)[None]
     height, width, *channels = pixels.shape
-    beyond = [(0, -height % size), (0, -width % size)] + [(0, 0)] * len(channels)
-    padded = np.pad(pixels, beyond, constant_values=0 if smooth else IGNORE)
+    padding = [(0, -height % size), (0, -width % size)] + [(0, 0)] * len(channels)
+    padded = np.pad(pixels, padding, constant_values=0 if smooth else IGNORE)
     rows = padded.reshape(-1, size, padded.shape[1] // size, size, *channels)
     return rows.swapaxes(1, 2).reshape(-1, size, size, *channels)
 
 
 def stitch(tiles: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The labels (H, W) whose tiles (N, size, size) these are."""
+    """Join tiles (N, size, size) from ``to_squares`` into labels (height, width), without the padding."""
     size = tiles.shape[1]
     rows = tiles.reshape(-1, -(-width // size), size, size).swapaxes(1, 2)
     return rows.reshape(rows.shape[0] * size, -1)[:height, :width]
@@ -269,7 +279,7 @@ def stitch(tiles: np.ndarray, height: int, width: int) -> np.ndarray:
 def _resize(pixels: np.ndarray, size: int, *, smooth: bool) -> np.ndarray:
     tensor = torch.from_numpy(pixels)
     if not smooth:
-        # float64 holds every label exactly
+        # float64 can represent every label exactly
         resized = torch.nn.functional.interpolate(tensor[None, None].double(), size=(size, size), mode="nearest-exact")
         return resized[0, 0].long().numpy()
     channels_first = tensor.permute(2, 0, 1)[None]

@@ -1,9 +1,10 @@
-"""Several labels at each pixel: cross-entropy beside the Lovász losses of one class: ``python examples/multilabel.py``.
+"""Compare cross-entropy with the binary Lovász losses on a task where a pixel may have several labels.
 
-A scene is two of those of digit_scenes.py laid over each other, so that a pixel may be the ink of two digits. The
-network has an output for each of the ten digits, each with a mask of its own. Learning rates are chosen first, loss by
-loss, on the validation images of a seed that the comparison leaves out. The runs are written as lines of JSON into
-examples/results/multilabel.jsonl; what is there is not trained again.
+Run it with ``python examples/multilabel.py``. An image is two scenes of digit_scenes.py on top of each other, so that a
+pixel may be the ink of two digits. The network has one output for each of the ten digits, and each output has its own
+mask. The learning rate of each loss is chosen on the validation images of a seed that the comparison does not use.
+
+Each finished run is written as a line of JSON to examples/results/multilabel.jsonl, and is not trained again.
 """
 
 import itertools
@@ -40,7 +41,7 @@ SIZE, SCENES, BATCH_SIZE = 48, {"train": 2400, "validation": 300, "test": 600}, 
 
 
 def overlapping_scenes(seed: int, scenes: dict[str, int] = SCENES, size: int = SIZE) -> dict[str, Split]:
-    """Images (N, 1, size, size) in [0, 1] and masks (N, 10, size, size), 0 and 1, each from scans of its own."""
+    """Compose images (N, 1, size, size) in [0, 1] and masks (N, 10, size, size) of 0 and 1. Splits share no scans."""
     splits = {}
     for index, (name, scans) in enumerate(digit_scenes.split_scans(seed).items()):
         layers = [digit_scenes.compose_scenes(scans, scenes[name], size, (seed, index, layer)) for layer in (0, 1)]
@@ -51,7 +52,7 @@ def overlapping_scenes(seed: int, scenes: dict[str, int] = SCENES, size: int = S
 
 
 def class_by_class(loss, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """A loss of one class, the mean over the classes: each is scored over the batch."""
+    """Apply a binary loss to each class over the whole batch, and return the mean over the classes."""
     return loss(logits.transpose(0, 1).flatten(2)[:, None], masks.transpose(0, 1).flatten(2))
 
 
@@ -63,7 +64,7 @@ LOSSES = {
 
 
 def train_and_measure(run: dict) -> dict:
-    """One run: a record with the mean IoU over the classes, at logit 0 and at the best thresholds of validation."""
+    """Train one run and return its record: mean IoU at logit 0 and at the thresholds that are best on validation."""
     data = scenes_of(run["seed"])
     torch.manual_seed(run["seed"])
     model = build_network(TASK, channels=1)
@@ -85,7 +86,7 @@ def scenes_of(seed: int) -> dict[str, Split]:
 
 
 def measure(model: nn.Module, data: dict[str, Split]) -> dict[str, float]:
-    """Mean IoU over the classes of each split."""
+    """Measure the IoU of each split, averaged over the classes."""
     logits = {name: predict(model, data[name].images) for name in ("validation", "test")}
     found: dict[str, list[float]] = {"validation": [], "test at half": [], "test at best": []}
     for c in range(len(TASK.class_names)):
@@ -98,12 +99,12 @@ def measure(model: nn.Module, data: dict[str, Split]) -> dict[str, float]:
 
 
 def read() -> list[dict]:
-    """The finished runs."""
+    """Read the finished runs."""
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
 
 
 def train_all(runs: list[dict], title: str) -> None:
-    """Train what is missing, two runs at a time, and keep each as soon as it ends."""
+    """Train the missing runs in two worker processes, and write each record as soon as its run has finished."""
     keys = ("arm", "seed", "budget", "rate")
     finished = {tuple(record[key] for key in keys) for record in read()}
     missing = [run for run in runs if tuple(run[key] for key in keys) not in finished]
@@ -114,16 +115,16 @@ def train_all(runs: list[dict], title: str) -> None:
 
 
 def best_rates() -> dict[str, float]:
-    """The rate of each arm with the largest validation IoU on the seed of the search."""
+    """The learning rate of each arm with the highest validation IoU on SEARCH_SEED."""
     search = [record for record in read() if record["seed"] == SEARCH_SEED]
     return {arm: max((r["validation"], r["rate"]) for r in search if r["arm"] == arm)[1] for arm in ARMS}
 
 
 def table() -> str:
-    """The table of the documentation: mean test IoU over the seeds and its standard deviation, reStructuredText."""
+    """The table for the documentation in reStructuredText: mean test IoU over the seeds, and its standard deviation."""
     records = [record for record in read() if record["seed"] in SEEDS]
     lines = [
-        ".. list-table:: Mean IoU of ten overlapping classes, %: at logit 0 / at the best threshold of each class",
+        ".. list-table:: Mean test IoU of ten overlapping classes, %: at logit 0 / at the best threshold of each class",
         "   :header-rows: 1",
         "",
         "   * - loss",
@@ -140,13 +141,13 @@ def table() -> str:
 
 
 def main() -> None:
-    """Search the rates, train the comparison, print the table."""
+    """Search for the learning rates, train the comparison and print the table."""
     train_all(
         [
             {"arm": arm, "seed": SEARCH_SEED, "budget": SEARCH_BUDGET, "rate": rate}
             for arm, rate in itertools.product(ARMS, RATES)
         ],
-        "rates",
+        "learning rates",
     )
     rates = best_rates()
     runs = [

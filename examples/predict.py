@@ -1,7 +1,8 @@
-"""Find the masks of new images with a network that segment.py has trained.
+"""Predict masks for new images with a network that segment.py has trained.
 
-Every mask is a PNG of the size of its image and named as it. Its pixels are the indices of the classes, shown in
-the colours of --palette if the network was trained with them.
+Each mask is a PNG with the name and the size of its image. Its pixels are class indices, displayed in the colours of
+--palette if the network was trained with that option. Run it with
+``python examples/predict.py --model demo-output/binary/model.pt --images photos/ --out masks/``.
 """
 
 import argparse
@@ -23,22 +24,22 @@ except ModuleNotFoundError as error:
 
 
 class Predictor:
-    """The network of a model.pt, with all that is needed to apply it."""
+    """A trained network from a model.pt, with the settings needed to apply it to an image."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         try:
-            kept = torch.load(path, map_location="cpu")
-            self.task = Task(kept["task"], tuple(kept["class_names"]))
-            self.channels, self.size, self.tile = kept["channels"], kept["size"], kept["tile"]
-            self.threshold, self.palette = kept["threshold"], kept["palette"]
+            saved = torch.load(path, map_location="cpu")
+            self.task = Task(saved["task"], tuple(saved["class_names"]))
+            self.channels, self.size, self.tile = saved["channels"], saved["size"], saved["tile"]
+            self.threshold, self.palette = saved["threshold"], saved["palette"]
             self.model = build_network(self.task, self.channels)
-            self.model.load_state_dict(kept["weights"])
+            self.model.load_state_dict(saved["weights"])
         except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise DataError(f"{path}: not a model.pt of this version of segment.py") from error
+            raise DataError(f"{path}: not a model.pt written by this version of segment.py") from error
         self.model.to(device)
 
     def classes(self, image: np.ndarray) -> np.ndarray:
-        """The class of every pixel (H, W) of an image (H, W, 3)."""
+        """Predict the class of every pixel (H, W) of an image (H, W, 3)."""
         height, width = image.shape[:2]
         if self.channels == 1:
             image = image.mean(axis=-1, keepdims=True)
@@ -50,16 +51,16 @@ class Predictor:
         return self.task.decide(logits, self.threshold)[0].numpy()
 
     def mask(self, image: np.ndarray) -> Image.Image:
-        """The classes as a picture."""
+        """Predict the mask of an image (H, W, 3) as a Pillow image."""
         classes = self.classes(image)
-        if len(self.task.class_names) > 256:  # more than a palette holds
+        if len(self.task.class_names) > 256:  # a palette has at most 256 colours
             return Image.fromarray(classes.astype(np.uint16))
         mask = Image.fromarray(classes.astype(np.uint8))
         mask.putpalette(np.asarray(self.palette or self.default_palette(), np.uint8).tobytes())
         return mask
 
     def default_palette(self) -> np.ndarray:
-        """Black for class 0 and white for the only other one, or else the colours of the report."""
+        """Black and white for a binary task, otherwise the colours of report.py with black for class 0."""
         colours = 255 * report.palette(len(self.task.class_names))
         colours[0] = 0
         return np.array([[0] * 3, [255] * 3]) if self.task.is_binary else colours
@@ -69,11 +70,15 @@ def main(argv: list[str] | None = None) -> None:
     """Write a mask for each image of a folder."""
     summary, details = __doc__.split("\n\n", 1)
     parser = argparse.ArgumentParser(description=summary, epilog=details)
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="the model.pt of segment.py")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="images in any format Pillow reads")
+    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="the model.pt that segment.py wrote")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of images in any format Pillow reads"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device, default=default, metavar="NAME", help=f"(default: {default})")
+    parser.add_argument(
+        "--device", type=device, default=default, metavar="NAME", help=f"such as cuda:0 (default: {default})"
+    )
     args = parser.parse_args(argv)
     if args.out.resolve() == args.images.resolve():
         parser.error("--out must not be the folder of --images: the masks would replace images of the same name")
@@ -86,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_masks(predictor: Predictor, paths: dict[str, Path], out: Path) -> None:
-    """A PNG for every image; those that cannot be read are told in the end."""
+    """Write a mask for each image, then raise one error that lists the images that could not be read."""
     out.mkdir(parents=True, exist_ok=True)
     faults = []
     for stem, path in track(paths.items(), "predicting"):

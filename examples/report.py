@@ -1,4 +1,4 @@
-"""What a run has to show: its table, its curves, and pictures of its predictions."""
+"""Report the results of segment.py: the table of IoU, the curves, and pictures of predictions."""
 
 import csv
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # the pictures go to files, so no screen is needed
+mpl.use("Agg")  # draw to files, without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,13 +22,13 @@ FOUND, MISSED, WRONG = "#2f2f2f", "#f28e2b", "#d6278a"
 STAGES = ("cross-entropy", "more cross-entropy", "Lovász")
 STAGE_COLOURS = ("#b0b0b0", "#606060", "#1f77b4")
 SHOWN = 6  # test images in the picture
-MAX_LEGEND = 24  # more classes than this are not told apart by colour anyway
+MAX_LEGEND = 24  # with more classes there is no legend, because their colours are too similar
 
 
 def stage_names(mix: float) -> tuple[str, str, str]:
-    """What each stage trains, if the last one gives cross-entropy the weight ``mix``.
+    """Names of the three stages, where ``mix`` is the weight of cross-entropy in the last one.
 
-    The second and the third continue from the first, for as many steps each.
+    The second and the third stage both continue from the first, for the same number of steps.
     """
     first, second, last = STAGES
     if mix == 1:
@@ -40,9 +40,11 @@ def stage_names(mix: float) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """The best weights of a stage: IoU by split, the place of the chosen threshold, classes of the first test images.
+    """Results of the best weights of a stage.
 
-    The IoU is that at every threshold of a binary task, or that of every class.
+    ``iou`` has, for each split, the IoU at every threshold (binary task) or of every class. ``chosen`` is the index of
+    the threshold that is best on validation, and None for several classes. ``classes`` are the predictions for the
+    first test images.
     """
 
     iou: dict[str, torch.Tensor]
@@ -52,7 +54,7 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: the probabilities to choose a threshold from, its history and the outcome of each stage."""
+    """Results of a run: its candidate thresholds as probabilities, its history, and the outcome of each stage."""
 
     task: str
     class_names: tuple[str, ...]
@@ -63,12 +65,12 @@ class Outcome:
 
     @property
     def is_binary(self) -> bool:
-        """Whether there is one foreground class, whose IoU alone counts."""
+        """Whether the task has one foreground class, so that only the IoU of the foreground is reported."""
         return self.task == "binary"
 
 
 def rows(outcome: Outcome) -> list[dict]:
-    """The table as records: for every stage the IoU at both thresholds, or that of every class and their mean."""
+    """The rows of results.csv: for each stage, the IoU at 0.5 and at the best threshold, or of each class and mean."""
     records = []
     for name, stage in zip(outcome.stage_names, outcome.stages, strict=True):
         if outcome.is_binary:
@@ -87,7 +89,7 @@ def rows(outcome: Outcome) -> list[dict]:
 
 
 def table(outcome: Outcome, images: int) -> Table:
-    """IoU in percent on the test images."""
+    """Make the table that is printed: IoU on the test images in percent."""
     records = rows(outcome)
     shown = Table(title=f"{outcome.task}: IoU on {images} test images, %", title_justify="left")
     if outcome.is_binary:
@@ -110,12 +112,12 @@ def table(outcome: Outcome, images: int) -> Table:
 
 
 def percent(fraction: float) -> str:
-    """A fraction as a percentage for people."""
+    """Format a fraction as a percentage, and nan as a dash."""
     return f"{100 * fraction:.1f}" if np.isfinite(fraction) else "-"
 
 
 def write(folder: Path, outcome: Outcome, test: Split) -> None:
-    """Fill the folder: two tables as CSV, and the pictures."""
+    """Write two CSV files and the pictures to a folder."""
     for name, records in (("results", rows(outcome)), ("history", outcome.history)):
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, records[0])
@@ -128,7 +130,7 @@ def write(folder: Path, outcome: Outcome, test: Split) -> None:
 
 
 def draw_curves(path: Path, outcome: Outcome) -> None:
-    """Loss and validation IoU over the steps: the first stage, and what either loss makes of it."""
+    """Plot the loss and the validation IoU of each stage against the steps."""
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
     for number, (name, colour) in enumerate(zip(outcome.stage_names, STAGE_COLOURS, strict=True), 1):
         points = [record for record in outcome.history if record["stage"] == number]
@@ -143,7 +145,7 @@ def draw_curves(path: Path, outcome: Outcome) -> None:
 
 
 def draw_thresholds(path: Path, outcome: Outcome) -> None:
-    """IoU against the threshold, and the one that validation chose."""
+    """Plot the IoU against the threshold, and mark the threshold that is best on validation."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, colour, stage in list(zip(outcome.stage_names, STAGE_COLOURS, outcome.stages, strict=True))[1:]:
         for split, style in (("validation", "--"), ("test", "-")):
@@ -157,7 +159,7 @@ def draw_thresholds(path: Path, outcome: Outcome) -> None:
 
 
 def draw_predictions(path: Path, outcome: Outcome, test: Split) -> None:
-    """The first test images, each above its labels and what the network finds after equal numbers of steps."""
+    """Draw the first test images, their labels, and the predictions of the last two stages, which have equal steps."""
     labels = test.labels[:SHOWN]
     images = test.images[:SHOWN].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     pictures = [("image", images), ("label", colour_classes(labels, outcome))]
@@ -183,13 +185,13 @@ def draw_predictions(path: Path, outcome: Outcome, test: Split) -> None:
 
 
 def finish(figure: plt.Figure, path: Path) -> None:
-    """Write a figure and forget it."""
+    """Save a figure and close it."""
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Colours (num_classes, 3): white for class 0, then ten distinct ones, then as many as needed around the wheel."""
+    """Colours (num_classes, 3): white for class 0, then the ten of tab10 or, for more classes, a range of turbo."""
     names = mpl.colormaps["tab10"].colors
     if num_classes - 1 > len(names):
         names = mpl.colormaps["turbo"](np.linspace(0, 1, num_classes - 1))[:, :3]
@@ -197,20 +199,20 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def colour_classes(classes: torch.Tensor, outcome: Outcome) -> np.ndarray:
-    """Class maps (N, H, W) as RGB (N, H, W, 3), ignored pixels grey."""
+    """Draw class maps (N, H, W) as RGB (N, H, W, 3), with ignored pixels in grey."""
     colours = np.array([to_rgb(PAPER), to_rgb(FOUND)]) if outcome.is_binary else palette(len(outcome.class_names))
     ignored = (classes == IGNORE).numpy()
     return np.where(ignored[..., None], to_rgb(IGNORED), colours[np.where(ignored, 0, classes)])
 
 
 def colour_errors(classes: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Binary predictions (N, H, W) as RGB, by what they got right and wrong; ignored pixels grey."""
+    """Draw binary predictions (N, H, W) as RGB: found, missed and false foreground, with ignored pixels in grey."""
     colours = np.array([to_rgb(colour) for colour in (PAPER, WRONG, MISSED, FOUND, IGNORED)])
     return colours[torch.where(labels == IGNORE, 4, 2 * labels + classes).numpy()]
 
 
 def legend(outcome: Outcome) -> list[Patch]:
-    """What the colours mean."""
+    """The legend of the colours, which is empty for more than MAX_LEGEND classes."""
     if outcome.is_binary:
         meaning = {FOUND: "found", MISSED: "missed", WRONG: "false alarm"}
         return [Patch(color=colour, label=text) for colour, text in meaning.items()]

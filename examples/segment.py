@@ -1,17 +1,18 @@
-"""Train a segmentation network for a high IoU: cross-entropy first, a Lovász loss second, the best threshold last.
+"""Train a segmentation network with cross-entropy, then with a Lovász loss, and find the threshold of the best IoU.
 
-The second stage is run twice from the same weights, with cross-entropy and with the Lovász loss, so that the table
-compares equal numbers of steps.
+The second stage is trained twice from the same weights, once with cross-entropy and once with the Lovász loss, so that
+the table compares equal numbers of steps.
 
-Without arguments it runs on cluttered scenes of real handwritten digits, twice: the digits with a loop against
-everything else (LovaszSigmoidLoss), and which digit each pixel belongs to (LovaszSoftmaxLoss). With --images and
---masks it runs on your own data, and predict.py applies the result to new images. It can be interrupted: the same
-command goes on. Under torchrun, the processes share the work.
+Run it with ``make two-stages`` or ``python examples/segment.py``. Without options, it trains two tasks on scenes of
+handwritten digits: one separates the digits with a loop from everything else (LovaszSigmoidLoss), the other finds
+which digit each pixel belongs to (LovaszSoftmaxLoss). With --images and --masks, it trains on your own data, and
+predict.py applies the network to new images. If the program is interrupted, run the same command again to continue.
+Under torchrun, the processes share each batch.
 """
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends it without a traceback
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, must not print a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -48,15 +49,15 @@ except ModuleNotFoundError as error:
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# The thresholds to choose from: more than the customary 0.3 to 0.7, as a rare foreground may need a lower one.
+# The candidate thresholds cover almost the whole range, because a rare foreground may need a very low one.
 PROBABILITIES = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-INTERRUPTED = 130  # the exit status that shells use for it
-FEW = 10  # test images: with fewer, a difference of some points of IoU means nothing
+INTERRUPTED = 130  # the usual exit status after Ctrl-C
+MIN_TEST_IMAGES = 10  # with fewer, a difference of a few points of IoU means nothing
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of each pixel: one foreground class, or one of several classes."""
+    """A segmentation task: binary, with one foreground class, or with several classes."""
 
     name: str
     class_names: tuple[str, ...]
@@ -67,16 +68,16 @@ class Task:
         return self.name == "binary"
 
     def decide(self, logits: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
-        """Logits (B, outputs, H, W) to classes (B, H, W)."""
+        """Turn logits (B, outputs, H, W) into classes (B, H, W), by a threshold or by argmax."""
         return (logits[:, 0] > threshold).long() if self.is_binary else logits.argmax(dim=1)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good a network is: the IoU at every threshold of a binary task, or of every class.
+    """The IoU of a network over a split.
 
-    ``score`` is the number that training is to raise: the IoU at the best threshold, a logit, or the mean of the
-    classes.
+    ``iou`` has the IoU at every threshold (binary task) or of every class. ``score`` selects the best weights: it is
+    the IoU at the best threshold, or the mean over the classes. ``threshold`` is the best threshold, as a logit.
     """
 
     iou: torch.Tensor
@@ -90,12 +91,12 @@ class Evaluation:
 
 
 def cross_entropy(task: Task) -> Loss:
-    """The loss to begin with: its gradient is useful from the first step on."""
+    """The loss of the first stage. It trains well from random weights."""
     return binary_cross_entropy if task.is_binary else torch.nn.CrossEntropyLoss(ignore_index=IGNORE)
 
 
 def binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the foreground's logit; PyTorch's own has no ignored label."""
+    """Binary cross-entropy without the ignored pixels. PyTorch's own function has no ``ignore_index``."""
     valid = labels != IGNORE
     return F.binary_cross_entropy_with_logits(logits[:, 0][valid], labels[valid].float())
 
@@ -108,10 +109,10 @@ def lovasz(
     classes: str = "present",
     num_bins: int | None = None,
 ) -> Loss:
-    """The loss to finish with, on raw logits; of one class, the sigmoid or the hinge loss.
+    """The Lovász loss of the second stage, on raw logits. A binary task uses the sigmoid or the hinge loss.
 
-    Batch-wide and on the classes that the batch shows, it comes closest to the IoU over a data set that is reported
-    in the end. Under torchrun the batch is that of all processes.
+    By default the loss scores the whole batch and the classes that occur in it, which is closest to the IoU over a
+    data set. Under torchrun it scores the batches of all processes together.
     """
     group = dist.group.WORLD if dist.is_initialized() and not per_image else None
     options = {"ignore_index": IGNORE, "per_image": per_image, "num_bins": num_bins, "process_group": group}
@@ -121,7 +122,7 @@ def lovasz(
 
 
 def mixed(first: Loss, second: Loss, weight: float) -> Loss:
-    """``weight`` times the first loss plus the rest of 1 times the second."""
+    """The weighted mean of two losses: ``weight * first + (1 - weight) * second``."""
     return lambda logits, labels: weight * first(logits, labels) + (1 - weight) * second(logits, labels)
 
 
@@ -131,7 +132,7 @@ def mixed(first: Loss, second: Loss, weight: float) -> Loss:
 
 
 def build_network(task: Task, channels: int) -> torch.nn.Module:
-    """A U-Net of 0.8 million weights with raw logits as outputs."""
+    """A U-Net with 0.8 million weights that returns raw logits."""
     network = BasicUNet(
         spatial_dims=2,
         in_channels=channels,
@@ -140,7 +141,7 @@ def build_network(task: Task, channels: int) -> torch.nn.Module:
         act="relu",
         norm="batch",
     )
-    # PyTorch's convolutions on the CPU are about a third faster with the channels last in memory.
+    # On the CPU, PyTorch's convolutions are about a third faster in this memory format.
     return network.to(memory_format=torch.channels_last)
 
 
@@ -162,9 +163,8 @@ class Stage:
         self.network, self.data, self.loss, self.steps = network, data, loss, steps
         self.batch_size, self.amp = batch_size, amp
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr, fused=True)
-        rise = (
-            0.2 if steps != 5 else 0.4
-        )  # a rise of exactly one step has no slope, and OneCycleLR divides by its length
+        # With 5 steps, 0.2 would be a rise of exactly one step, for which OneCycleLR divides by zero.
+        rise = 0.2 if steps != 5 else 0.4
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, max_lr=lr, total_steps=steps, pct_start=rise
         )
@@ -172,7 +172,7 @@ class Stage:
         self.done = 0
 
     def step(self) -> torch.Tensor:
-        """Train on one batch; its loss, which a device may still be computing."""
+        """Train on one batch and return its loss as a tensor, without waiting for the device."""
         device = next(self.network.parameters()).device
         chosen = torch.randint(len(self.data.images), (self.batch_size,), generator=self.batches)
         chosen = chosen[rank() :: processes()].to(self.data.images.device)
@@ -188,7 +188,7 @@ class Stage:
         return value.detach()
 
     def state_dict(self) -> dict:
-        """All that the next step depends on, but for the weights."""
+        """Everything that is needed to continue the stage, except for the weights."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -197,7 +197,7 @@ class Stage:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where ``state_dict`` was taken."""
+        """Restore the state from ``state_dict``."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.batches.set_state(state["batches"])
@@ -206,7 +206,7 @@ class Stage:
 
 @torch.no_grad()
 def predict(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The logits of every image, on the CPU."""
+    """Compute the logits of all images, and return them on the CPU."""
     device = next(model.parameters()).device
     model.eval()
     return torch.cat([model(part.to(device)).cpu() for part in images.split(64)])
@@ -214,7 +214,7 @@ def predict(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, data: Split, task: Task) -> Evaluation:
-    """IoU over a split, all pixels and all processes counted together."""
+    """Measure the IoU over a split: pixels are counted over all images and all processes."""
     logits, labels = predict(model, data.images[rank() :: processes()]), data.labels[rank() :: processes()]
     group = dist.group.WORLD if dist.is_initialized() else None
     if task.is_binary:
@@ -226,15 +226,16 @@ def evaluate(model: torch.nn.Module, data: Split, task: Task) -> Evaluation:
     counts = confusion_matrix(logits.argmax(dim=1)[valid][None], labels[valid][None], len(task.class_names))[0].double()
     if group:
         dist.all_reduce(counts)
-    both = counts.diagonal()
-    iou = both / (counts.sum(0) + counts.sum(1) - both)  # nan for a class that occurs nowhere
+    intersection = counts.diagonal()
+    iou = intersection / (counts.sum(0) + counts.sum(1) - intersection)  # nan for a class that never occurs
     return Evaluation(iou, iou.nanmean().item(), 0.0)
 
 
 class Run:
-    """A first stage, and others that each continue from its best weights, judged by validation.
+    """The training of all stages. Each stage after the first starts from the best weights of the first.
 
-    Its state is all that is needed to go on after an interruption as if there had been none.
+    The best weights of a stage are those with the highest validation score. A run that is restored from its state gives
+    exactly the same results as a run without an interruption.
     """
 
     def __init__(self, model: torch.nn.Module, stages: list[Stage], data: dict[str, Split], task: Task) -> None:
@@ -244,7 +245,7 @@ class Run:
         self.losses: list[float] = []
 
     def advance(self, validate_every: int) -> Iterator[tuple[int, float]]:
-        """Train to the end; after every step the number of its stage and its loss."""
+        """Train all stages. After every step, yield the index of the stage and the loss."""
         for number, stage in enumerate(self.stages):
             if number > 0 and stage.done == 0:
                 self.model.load_state_dict(self.best[0]["weights"])
@@ -257,8 +258,8 @@ class Run:
                 yield number, self.losses[-1] if self.losses else self.history[-1]["loss"]
 
     def validate(self, number: int) -> None:
-        """Keep the weights if they are the best of their stage; leave the best ones in place at its end."""
-        if dist.is_initialized():  # batch statistics differ between processes
+        """Store the weights if they are the best of the stage so far. At the end of a stage, load its best weights."""
+        if dist.is_initialized():  # use the same batch-norm statistics in all processes
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         stage, best = self.stages[number], self.best[number]
@@ -273,7 +274,7 @@ class Run:
             self.model.load_state_dict(best["weights"])
 
     def state_dict(self) -> dict:
-        """All that the rest of the run depends on."""
+        """Everything that is needed to continue the run."""
         return {
             "weights": self.model.state_dict(),
             "stages": [stage.state_dict() for stage in self.stages],
@@ -284,10 +285,10 @@ class Run:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where ``state_dict`` was taken."""
+        """Restore the state from ``state_dict``."""
         self.model.load_state_dict(state["weights"])
-        for stage, of_stage in zip(self.stages, state["stages"], strict=True):
-            stage.load_state_dict(of_stage)
+        for stage, stage_state in zip(self.stages, state["stages"], strict=True):
+            stage.load_state_dict(stage_state)
         self.best, self.history, self.losses = state["best"], state["history"], state["losses"]
         torch.set_rng_state(state["rng"])
 
@@ -298,18 +299,18 @@ class Run:
 
 
 def rank() -> int:
-    """The number of this process among those of torchrun."""
+    """The rank of this process, which is 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:
-    """How many processes torchrun has started."""
+    """The number of processes, which is 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Meet the other processes of torchrun, if any."""
+    """Join the process group of torchrun, if the program runs under torchrun."""
     if "RANK" not in os.environ:
         yield
         return
@@ -323,35 +324,35 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 class Interruption:
-    """Whether Ctrl-C or a request to end has come. A second one ends the program on the spot."""
+    """Catch the first Ctrl-C or SIGTERM, so that training can stop after a step. A second one ends it at once."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self) -> Self:
-        self.here = False
-        self.before = [signal.signal(number, self.note) for number in self.NUMBERS]
+        self.requested = False
+        self.handlers_before = [signal.signal(number, self.handle) for number in self.SIGNALS]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in zip(self.NUMBERS, self.before, strict=True):
+        for number, handler in zip(self.SIGNALS, self.handlers_before, strict=True):
             signal.signal(number, handler)
 
-    def note(self, number: int, _frame: object) -> None:
-        """Remember it until the step is finished."""
-        self.here = True
+    def handle(self, number: int, _frame: object) -> None:
+        """Remember the signal, and restore its default action for the next one."""
+        self.requested = True
         signal.signal(number, signal.SIG_DFL)
 
-    def anywhere(self, device: torch.device) -> bool:
-        """Whether it has come to any of the processes: they stop together."""
+    def requested_in_any_process(self, device: torch.device) -> bool:
+        """Whether any process has received a signal. All processes get the same answer and stop at the same step."""
         if not dist.is_initialized():
-            return self.here
-        here = torch.tensor(int(self.here), device=device)
-        dist.all_reduce(here)
-        return bool(here)
+            return self.requested
+        requests = torch.tensor(int(self.requested), device=device)
+        dist.all_reduce(requests)
+        return bool(requests)
 
 
 def save(path: Path, state: dict) -> None:
-    """Write a file that is either complete or not there."""
+    """Write a file under a temporary name and rename it, so that it is never incomplete."""
     if rank() == 0:
         part = path.with_suffix(".part")
         torch.save(state, part)
@@ -359,7 +360,7 @@ def save(path: Path, state: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The recipe
+# The program
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -371,7 +372,7 @@ def train(
     progress: Progress,
     interruption: Interruption,
 ) -> Run:
-    """All stages, from the beginning or from where an earlier run was interrupted."""
+    """Train all stages, from the start or from the checkpoint of an interrupted run."""
     torch.manual_seed(args.seed)
     model = build_network(task, data["train"].images.shape[1]).to(args.device)
     network = DistributedDataParallel(model) if dist.is_initialized() else model
@@ -390,7 +391,7 @@ def train(
 
     stages = [
         stage(first, args.steps, lr, args.seed),
-        # The same batches for both losses.
+        # The second and the third stage have the same seed and see the same batches.
         stage(first, args.lovasz_steps, second_lr, args.seed + 10**6),
         stage(second, args.lovasz_steps, second_lr, args.seed + 10**6),
     ]
@@ -401,8 +402,8 @@ def train(
         state = torch.load(checkpoint, map_location="cpu")
         if differing := [name for name in settings if settings[name] != state["settings"].get(name)]:
             raise DataError(
-                f"{checkpoint} is an interrupted run with another {' and '.join(differing)}: "
-                "give the same options to go on with it, --restart to drop it, or another --out"
+                f"{checkpoint} is from an interrupted run with another {' and '.join(differing)}: "
+                "use the same options to continue that run, --restart to discard it, or another --out"
             )
         run.load_state_dict(state)
     bars = [
@@ -413,8 +414,8 @@ def train(
         progress.start_task(bars[number])
         best = run.best[number]["score"]
         progress.update(bars[number], advance=1, note=f"loss {loss:.3f}, validation {report.percent(best)} %")
-        stop = interruption.anywhere(args.device)
-        if stop or not run.losses:  # just validated
+        stop = interruption.requested_in_any_process(args.device)
+        if stop or not run.losses:  # after a validation
             save(checkpoint, run.state_dict() | {"settings": settings})
         if stop:
             raise KeyboardInterrupt
@@ -422,7 +423,7 @@ def train(
 
 
 def settings_of(args: argparse.Namespace, task: Task, data: dict[str, Split]) -> dict[str, str]:
-    """What a run must share with the interrupted one that it continues."""
+    """The settings that must be equal to continue an interrupted run."""
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "restart", "task")}
     settings["lr"], settings["lovasz_lr"] = map(str, learning_rates(args, task.name))
     sizes = {f"number of {name} images": str(len(split.images)) for name, split in data.items()}
@@ -430,7 +431,7 @@ def settings_of(args: argparse.Namespace, task: Task, data: dict[str, Split]) ->
 
 
 def finish(run: Run, args: argparse.Namespace, folder: Path) -> report.Outcome:
-    """Choose the threshold on validation data, test the best weights of each stage, and keep the last ones."""
+    """Test the best weights of each stage at the threshold that is best on validation, and save those of the last."""
     task, outcomes = run.task, []
     for best in run.best:
         run.model.load_state_dict(best["weights"])
@@ -440,15 +441,15 @@ def finish(run: Run, args: argparse.Namespace, folder: Path) -> report.Outcome:
         chosen = int((PROBABILITIES.logit() - threshold).abs().argmin()) if task.is_binary else None
         outcomes.append(report.StageOutcome({name: e.iou for name, e in evaluations.items()}, chosen, classes))
     channels, size = run.data["test"].images.shape[1:3]
-    about = {"task": task.name, "class_names": task.class_names, "channels": channels, "size": size}
-    about |= {"tile": args.tile, "palette": args.palette}
-    save(folder / "model.pt", {"weights": run.best[-1]["weights"], "threshold": threshold} | about)
+    settings = {"task": task.name, "class_names": task.class_names, "channels": channels, "size": size}
+    settings |= {"tile": args.tile, "palette": args.palette}
+    save(folder / "model.pt", {"weights": run.best[-1]["weights"], "threshold": threshold} | settings)
     names = report.stage_names(args.mix)
     return report.Outcome(task.name, task.class_names, PROBABILITIES, run.history, outcomes, names)
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[Task, dict[str, Split]]]:
-    """The tasks that were asked for, each with its images."""
+    """The tasks that the options select, each with its data."""
     if args.images:
         splits, num_classes = folder_splits(
             args.images,
@@ -472,17 +473,17 @@ def jobs(args: argparse.Namespace) -> list[tuple[Task, dict[str, Split]]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the tasks, print their tables, write everything else into a folder."""
+    """Train the tasks, print a table for each, and write all other results to a folder."""
     args = parse_args(__doc__, argv)
-    # The grid of thresholds is fixed, and a network that has hardly begun to learn is often best at an end of it.
+    # Early in training, the best threshold is often at the end of the grid, so the warning about it is of no use.
     warnings.filterwarnings("ignore", "the best IoU is at the")
     with process_group(args.device):
         console = Console(quiet=rank() > 0)
         columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn())
         try:
-            asked = jobs(args)
+            selected = jobs(args)
             with Interruption() as interruption:
-                for task, data in asked:
+                for task, data in selected:
                     folder = args.out / task.name
                     folder.mkdir(parents=True, exist_ok=True)
                     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
@@ -495,18 +496,18 @@ def main(argv: list[str] | None = None) -> None:
                         )
                     images = data["test"].files or len(data["test"].images)
                     console.print(report.table(outcome, images))
-                    if images < FEW:
+                    if images < MIN_TEST_IMAGES:
                         console.print(f"Only {images} test images: differences between these numbers mean little.")
                     console.print(f"Results: {folder}\n")
-            if rank() == 0:  # all is done, so the same command begins anew
-                for task, _ in asked:
+            if rank() == 0:  # all tasks are finished, so the next call must start from the beginning
+                for task, _ in selected:
                     (args.out / task.name / "checkpoint.pt").unlink()
         except (DataError, OSError) as error:
             sys.exit("\n".join(f"segment.py: {line}" for line in str(error).splitlines()))
         except FloatingPointError as error:
             sys.exit(f"segment.py: {error}; a smaller learning rate usually helps")
         except KeyboardInterrupt:
-            console.print("stopped; the same command goes on from here")
+            console.print("stopped; run the same command again to continue")
             sys.exit(INTERRUPTED)
 
 

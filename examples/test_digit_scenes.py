@@ -1,3 +1,5 @@
+"""Tests of the generated scenes: splits of the scans, and images that agree with their labels."""
+
 import digit_scenes
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ def scans():
     return digit_scenes.split_scans(seed=0)
 
 
-def lone(scan, digit):
+def single_scan(scan, digit):
     return digit_scenes.Scans(scan[None], np.array([digit]), np.array([0]))
 
 
@@ -22,7 +24,7 @@ class TestSplit:
         assert sorted(rows) == list(range(len(load_digits().target)))
 
     def test_no_split_shows_the_ink_of_another(self, scans):
-        # Compares the pixels, not the row numbers, so that mixing up rows and images is found.
+        # Compare the pixels too, because row numbers would not show that images were mixed up.
         original = load_digits().images / 16
         for name in SPLITS:
             assert np.array_equal(scans[name].ink, original[scans[name].row])
@@ -35,7 +37,7 @@ class TestSplit:
             counts = np.bincount(scans[name].digit, minlength=10)
             assert counts.min() > 0.85 * counts.mean()
 
-    def test_seed_decides(self, scans):
+    def test_split_depends_on_the_seed(self, scans):
         assert np.array_equal(digit_scenes.split_scans(0)["test"].row, scans["test"].row)
         assert not np.array_equal(digit_scenes.split_scans(1)["test"].row, scans["test"].row)
 
@@ -66,7 +68,7 @@ class TestScenes:
         assert not torch.equal(one[0], other[0])
         assert not torch.equal(one[0][0], one[0][1])
 
-    def test_a_scene_does_not_depend_on_how_many_there_are(self, scans):
+    def test_a_scene_does_not_depend_on_the_number_of_scenes(self, scans):
         few, many = (digit_scenes.compose_scenes(scans["train"], count, 32, (0, 1)) for count in (2, 4))
         assert torch.equal(few[0], many[0][:2])
         assert torch.equal(few[1], many[1][:2])
@@ -78,12 +80,12 @@ class TestScenes:
 
 class TestInk:
     def test_label_is_where_the_pen_covers_half_the_pixel(self):
-        # A scene this small has one digit, here a block of ink, dark on the left, faint on the right: its contrast is
-        # the darkest pixel.
+        # A scene this small has one digit. Here it is a block of ink, dark on the left and faint on the right, so the
+        # contrast of the digit is its darkest pixel.
         rng = np.random.default_rng(0)
         for _ in range(20):
             darkness, label = digit_scenes.write_digits(
-                rng, lone(np.repeat([[1.0, 0.4]], 4, axis=1).repeat(8, axis=0), 7), 23
+                rng, single_scan(np.repeat([[1.0, 0.4]], 4, axis=1).repeat(8, axis=0), 7), 23
             )
             assert set(np.unique(label)) == {0, 8}
             contrast = darkness.max()
@@ -96,8 +98,8 @@ class TestInk:
         for image, label in zip(images, labels, strict=True):
             assert image[label > 0].mean() < image[label == 0].mean()
 
-    def test_digits_are_not_buried(self, scans):
-        # Only full blocks of ink, so what a block had to give up is what its neighbours took.
+    def test_digits_stay_mostly_visible(self, scans):
+        # All digits are full blocks of ink, so a block loses visible pixels only to blocks that cover it.
         blocks = digit_scenes.Scans(np.ones((10, 8, 8)), np.arange(10), np.arange(10))
         rng = np.random.default_rng(0)
         for _ in range(20):

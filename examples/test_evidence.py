@@ -1,3 +1,5 @@
+"""Tests of the comparison: search for learning rates, jobs, losses, data, tables and the committed results."""
+
 import itertools
 import json
 
@@ -17,7 +19,7 @@ COMPARISON = [
 ]
 
 
-def record(arm, seed, iou, task="lakes", **more):
+def record(arm, seed, iou, task="lakes", **fields):
     return {
         "task": task,
         "arm": arm,
@@ -27,12 +29,12 @@ def record(arm, seed, iou, task="lakes", **more):
         "validation at half": iou,
         "test at half": iou,
         "settings": evidence.SETTINGS,
-        **more,
+        **fields,
     }
 
 
-def whole(iou):
-    """Records of a whole comparison, with the IoU that a function of arm and seed gives."""
+def complete_comparison(iou):
+    """Records of all runs, with the IoU given by the function ``iou(arm, seed)``."""
     return [
         record(arm, seed, iou(arm, seed), task, budget=budget) | {"test at best": iou(arm, seed)}
         for task, arm, budget, seed in COMPARISON
@@ -41,7 +43,7 @@ def whole(iou):
 
 class TestInterval:
     def test_agrees_with_the_paired_t_test(self):
-        """The interval touches 0 exactly where the two-sided paired test has p = 0.05."""
+        """If an end of the interval is subtracted from all differences, the paired t test has p = 0.05."""
         generator = np.random.default_rng(0)
         one, other = generator.normal(70, 3, 6), generator.normal(69, 3, 6)
         interval = evidence_table.Interval.of(one - other)
@@ -51,9 +53,9 @@ class TestInterval:
 
 
 class TestTable:
-    def test_is_paired(self):
-        """A difference that is the same in every seed has no spread, however much the seeds differ."""
-        runs = evidence_table.Runs(whole(lambda arm, seed: 0.1 * seed + 0.02 * (arm == "dice")))
+    def test_differences_are_paired_by_seed(self):
+        """A difference that is the same on every seed has an interval of 0, even if the IoU depends on the seed."""
+        runs = evidence_table.Runs(complete_comparison(lambda arm, seed: 0.1 * seed + 0.02 * (arm == "dice")))
         lines = evidence_table.table(runs, "lakes", "test at half")
         assert lines[0] == ["training", *(f"{steps} steps, 5 seeds" for steps in ("300", "900", "2,700", "8,100"))]
         assert lines[1] == ["cross-entropy", *["20.0"] * 4]
@@ -61,8 +63,8 @@ class TestTable:
         trained = {arm for budget in evidence.BUDGETS for arm in evidence.arms_at("lakes", budget)}
         assert len(lines) == 1 + len(trained)
 
-    def test_counts_no_seed_of_which_a_run_is_missing(self):
-        records = whole(lambda arm, seed: 0.5 + 0.1 * seed)
+    def test_a_seed_with_a_missing_run_is_left_out(self):
+        records = complete_comparison(lambda arm, seed: 0.5 + 0.1 * seed)
         missing = ("lakes", "hinge", 3, 900)
         records = [r for r in records if (r["task"], r["arm"], r["seed"], r["budget"]) != missing]
         runs = evidence_table.Runs(records)
@@ -71,19 +73,19 @@ class TestTable:
         assert runs.iou("lakes", "dice", 900, "test at half") == pytest.approx([50, 60, 70, 90])
 
     def test_fewer_than_three_seeds_have_no_interval(self):
-        records = [r for r in whole(lambda arm, seed: 0.5 - 0.1 * (arm == "dice")) if r["seed"] < 2]
+        records = [r for r in complete_comparison(lambda arm, seed: 0.5 - 0.1 * (arm == "dice")) if r["seed"] < 2]
         lines = evidence_table.table(evidence_table.Runs(records), "lakes", "test at half")
         assert lines[2] == ["Dice", *["40.0 (\N{MINUS SIGN}10.0)"] * 3, ""]
 
-    def test_a_budget_that_no_seed_has_finished_is_left_out(self):
-        records = [r for r in whole(lambda arm, seed: 0.5) if r["budget"] < 900 or r["arm"] == "ce"]
+    def test_a_budget_without_a_finished_seed_is_left_out(self):
+        records = [r for r in complete_comparison(lambda arm, seed: 0.5) if r["budget"] < 900 or r["arm"] == "ce"]
         runs = evidence_table.Runs(records)
         assert [len(line) for line in evidence_table.table(runs, "digits", "test at half")] == [2] * 10
 
 
 class TestRates:
     def search(self, best):
-        """Run the search on a made-up curve with its peak at the given place of the ladder."""
+        """Run the search on an invented score with its peak at the rate with the index ``best``."""
         tried = {}
         while rates := evidence.next_rates(tried, evidence.FIRST_RATES["one stage"]):
             for rate in rates:
@@ -97,7 +99,7 @@ class TestRates:
         assert evidence.best_rate(tried) == evidence.RATES[best]
         assert set(evidence.RATES[max(0, best - 1) : best + 2]) <= set(tried)
 
-    def test_takes_the_mean_of_the_seeds_and_no_rate_that_lacks_one(self):
+    def test_averages_over_seeds_and_ignores_rates_with_a_missing_seed(self):
         iou = {0.001: (0.1, 0.8, 0.3), 0.003: (0.5, 0.5, 0.5), 0.01: (0.9, 0.9)}
         search = [
             record("ce", seed, value, rates=[rate])
@@ -119,7 +121,7 @@ class TestRates:
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The comparison with tiny runs."""
+    """Make the runs of the comparison tiny."""
     monkeypatch.setattr(evidence, "SETTINGS", {"size": 48, "scenes": [8, 2, 2], "batch_size": 2})
     monkeypatch.setattr(evidence, "BUDGETS", (4,))
     evidence.task_data.cache_clear()
@@ -135,7 +137,7 @@ class TestRuns:
 
     @pytest.mark.usefixtures("tiny")
     @pytest.mark.parametrize("task", evidence.TASKS)
-    def test_every_arm_runs_and_is_not_run_again(self, task):
+    def test_every_arm_runs_once(self, task):
         jobs = [j for j in evidence.comparison_jobs([], self.search) if j["task"] == task and j["seed"] == 0]
         done = [run for job in jobs for run in evidence.run_job(job)]
         assert sorted(run["arm"] for run in done) == sorted(evidence.ARMS[task])
@@ -154,14 +156,14 @@ class TestRuns:
         assert trained == [("ce", 3, 0.01), ("ce", 1, 0.001), ("lovasz", 1, 0.001)]
 
     @pytest.mark.usefixtures("tiny")
-    def test_repeats_exactly(self):
-        """An interrupted run that starts again ends as it would have."""
+    def test_runs_are_reproducible(self):
+        """A run that is started again after an interruption has the same results."""
         job = {"task": "lakes", "seed": 0, "budget": 4, "runs": [("ce>hinge", [0.01, 0.001])]}
         one, two = (evidence.run_job(job)[0] for _ in range(2))
         assert one["threshold"] == two["threshold"]
         assert one["test at best"] == two["test at best"]
 
-    def test_results_of_other_settings_are_refused(self, tmp_path):
+    def test_results_with_other_settings_are_refused(self, tmp_path):
         path = tmp_path / "runs.jsonl"
         path.write_text(json.dumps(record("ce", 0, 0.5, settings={"size": 999})) + "\n")
         with pytest.raises(SystemExit, match="other settings"):
@@ -169,7 +171,7 @@ class TestRuns:
 
 
 class TestLosses:
-    """Where the prediction is certain, each loss is what the sets of pixels say."""
+    """For predictions with probabilities of 0 and 1, each loss can be computed by counting pixels."""
 
     labels = torch.tensor([[[1, 1, 0, 0, 255]], [[0, 0, 0, 1, 255]]])
     predicted = torch.tensor([[[1, 0, 0, 0, 1]], [[1, 1, 0, 1, 0]]])
@@ -190,20 +192,20 @@ class TestLosses:
         ],
     )
     def test_of_the_classes_present(self, name, expected):
-        """A third class occurs nowhere and does not count."""
+        """The third class never occurs and is not counted."""
         logits = 100.0 * torch.nn.functional.one_hot(self.predicted, 3).movedim(-1, 1)
         assert evidence.make_loss(name)(logits, self.labels).item() == pytest.approx(expected, abs=1e-5)
 
     @pytest.mark.parametrize(
         ("name", "outputs"), [*itertools.product(("ce", "dice", "jaccard", "lovasz"), (1, 3)), ("hinge", 1)]
     )
-    def test_ignored_pixels_alone_have_no_gradient(self, name, outputs):
+    def test_only_ignored_pixels_have_no_gradient(self, name, outputs):
         logits = (0.1 * torch.randn(2, outputs, 1, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
         (gradient,) = torch.autograd.grad(evidence.make_loss(name)(logits, self.labels), logits)
         assert gradient.abs().sum((0, 1, 2))[:4].ne(0).all()
         assert gradient[..., 4].eq(0).all()
 
-    def test_a_mixture_is_the_mean(self):
+    def test_a_mixture_is_the_mean_of_its_losses(self):
         logits = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(0))
         parts = [evidence.make_loss(name)(logits, self.labels) for name in ("ce", "lovasz")]
         torch.testing.assert_close(evidence.make_loss("ce+lovasz")(logits, self.labels), sum(parts) / 2)
@@ -211,7 +213,7 @@ class TestLosses:
 
 class TestBlueMarble:
     def test_no_test_pixel_is_near_a_training_pixel(self, monkeypatch):
-        """Tiles of a picture in which each pixel says where it is."""
+        """Each colour of a test image encodes the position of its pixel, which shows where tiles come from."""
         _, labels = blue_marble.earth()
         place = np.arange(labels.size, dtype=np.int64).reshape(labels.shape)
         code = np.stack([place >> 16, place >> 8 & 255, place & 255], -1).astype(np.uint8)
@@ -226,15 +228,15 @@ class TestBlueMarble:
             assert ndimage.distance_transform_cdt(~one, "chessboard")[other].min() > 2 * blue_marble.MARGIN
 
     def test_labels(self):
-        """Lake Victoria is lake, Kampala's hinterland is land, and the Atlantic is ignored."""
+        """Lake Victoria is lake, the land north-west of it is land, and the Atlantic is ignored."""
         _, labels = blue_marble.earth()
         found = [
             labels[round((90 - lat) * 15), round((180 + lon) * 15)] for lat, lon in ((-1, 33), (1, 31.5), (0, -25))
         ]
         assert found == [1, 0, blue_marble.IGNORE]
 
-    def test_images_and_labels_turn_together(self):
-        """The sea, which is ignored, is blue in all eight orientations."""
+    def test_images_and_labels_have_the_same_orientation(self):
+        """In all eight orientations, ignored pixels are blue like the sea, and land pixels are not."""
         images, labels = blue_marble.tiles(0, 48)["train"]
         for orientation in range(8):
             part = slice(orientation * len(images) // 8, (orientation + 1) * len(images) // 8)
@@ -245,9 +247,9 @@ class TestBlueMarble:
 
 class TestSteps:
     def runs(self, mixture):
-        """Cross-entropy gains 10 points from each budget to the next, on seed 1 five more; the mixture has one IoU."""
+        """Cross-entropy gains 10 points per budget, and has 5 more on seed 1. The mixture always has the same IoU."""
         places = {budget: place for place, budget in enumerate(sorted(evidence.BUDGETS))}
-        records = whole(lambda arm, seed: 0.05 * (seed == 1) if arm == "ce" else mixture)
+        records = complete_comparison(lambda arm, seed: 0.05 * (seed == 1) if arm == "ce" else mixture)
         for record in records:
             if record["arm"] == "ce":
                 for name in [name for name in record if name.startswith("test at")]:
@@ -270,10 +272,9 @@ class TestSteps:
 
 
 class TestCommitted:
-    """The results in the repository and what is made of them."""
+    """The committed results are complete, and the committed texts agree with them."""
 
-    def test_runs_are_those_of_the_comparison_and_each_is_there_once(self):
-        """All of them: no budget may lack a seed."""
+    def test_every_run_of_the_comparison_is_there_once(self):
         found = [(run["task"], run["arm"], run["budget"], run["seed"]) for run in evidence.read(evidence_table.RUNS)]
         assert len(found) == len(set(found))
         assert set(found) <= set(COMPARISON)
@@ -282,18 +283,18 @@ class TestCommitted:
             for budget in evidence.BUDGETS:
                 assert len(runs.seeds[task, budget]) == len(evidence.SEEDS) >= 5
 
-    def test_rates_are_those_of_the_search(self):
+    def test_every_run_has_the_best_learning_rate(self):
         search = evidence.read(evidence_table.SEARCH)
         assert evidence.search_jobs(search) == []
         scores = evidence.scores_by_rate(search)
         for run in evidence.read(evidence_table.RUNS):
-            arm = evidence.RATE_OF.get(run["arm"], run["arm"])
+            arm = evidence.SHARED_RATES.get(run["arm"], run["arm"])
             assert run["rates"][-1] == evidence.best_rate(scores[run["task"], arm])
 
-    def test_best_weights_are_of_the_same_runs(self):
-        """Their last weights are those of the comparison, to the digit that training repeats."""
+    def test_best_weights_come_from_the_same_trainings(self):
+        """With the last weights, the IoU is about that of the comparison. Training repeats only approximately."""
         kept = evidence.read(evidence_table.KEPT)
-        assert evidence.kept_jobs(kept, evidence.read(evidence_table.SEARCH)) == []
+        assert evidence.best_weights_jobs(kept, evidence.read(evidence_table.SEARCH)) == []
         runs = evidence_table.read()
         for record in kept:
             other = runs.found[record["task"], record["arm"], record["budget"], record["seed"]]
@@ -306,7 +307,7 @@ class TestCommitted:
         assert evidence_table.readme_block(evidence_table.read()) in readme
 
     @pytest.mark.parametrize("page", ["README.md", "docs/source/verdict.rst"])
-    def test_front_pages_say_what_was_measured(self, page):
+    def test_front_pages_agree_with_the_results(self, page):
         text = " ".join((evidence_table.ROOT.parent / page).read_text(encoding="utf-8").split())
         runs = evidence_table.read()
         if page == "README.md":

@@ -1,4 +1,4 @@
-"""The trial on classes that overlap: its data, its losses, and that its table is of the runs that are kept."""
+"""Tests of the comparison on overlapping classes: its data, its losses, and its committed results."""
 
 import multilabel
 import torch
@@ -12,19 +12,19 @@ def test_scenes_overlap():
     assert scenes.labels.shape == (8, 10, 48, 48)
     assert set(scenes.labels.unique().tolist()) == {0.0, 1.0}
     assert (scenes.labels.sum(1) == 2).any()
-    # ink is darker than the paper around it
+    # Ink must be darker than the paper.
     ink = scenes.labels.amax(1).bool()
     assert scenes.images[:, 0][ink].mean() < scenes.images[:, 0][~ink].mean() - 0.1
 
 
-def test_each_class_is_scored_over_the_batch():
+def test_each_class_is_scored_over_the_whole_batch():
     logits, masks = torch.randn(4, 3, 5, 6), (torch.rand(4, 3, 5, 6) < 0.3).float()
     each = [lovasz_sigmoid_loss(logits[:, c, None], masks[:, c], per_image=False) for c in range(3)]
     actual = multilabel.class_by_class(lovasz_sigmoid_loss, logits, masks)
     torch.testing.assert_close(actual, torch.stack(each).mean())
 
 
-def test_every_arm_was_run_at_its_best_rate():
+def test_every_arm_was_trained_with_its_best_learning_rate():
     runs = {(r["arm"], r["seed"], r["budget"]): r["rate"] for r in multilabel.read() if r["seed"] in multilabel.SEEDS}
     expected = {
         (arm, seed, budget): rate

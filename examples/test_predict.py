@@ -1,3 +1,5 @@
+"""Tests of predict.py: names, sizes and colours of the masks, and error messages."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ NAMES = {"binary": ("background", "foreground"), "multiclass": ("a", "b", "c")}
 
 
 def save_model(path, task="binary", **about):
-    """A model.pt with weights that nothing has trained."""
+    """Write a model.pt with random weights."""
     torch.manual_seed(0)
     about = {"task": task, "class_names": NAMES.get(task), "channels": 3, "size": 32, "threshold": 0.0} | about
     about = {"tile": False, "palette": None} | about
@@ -23,7 +25,7 @@ def save_model(path, task="binary", **about):
 
 
 class Brightness(torch.nn.Module):
-    """A network that is sure of the foreground where the first channel is bright."""
+    """A network that predicts foreground where the first channel is bright."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +36,7 @@ class Brightness(torch.nn.Module):
 
 
 def save_images(folder, *shapes):
-    """Noise with a bright corner."""
+    """Write images of dark noise with a bright lower right quarter."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for index, (height, width) in enumerate(shapes):
@@ -61,7 +63,7 @@ def test_masks_have_the_names_and_sizes_of_the_images(task, tile, channels, tmp_
 
 
 @pytest.mark.parametrize("tile", [False, True])
-def test_pixels_are_where_they_belong(tile, tmp_path, monkeypatch):
+def test_predicted_pixels_are_in_the_right_place(tile, tmp_path, monkeypatch):
     images = save_images(tmp_path / "images", (40, 70))
     monkeypatch.setattr(predict, "build_network", lambda *_: Brightness())
     model = tmp_path / "model.pt"
@@ -71,12 +73,12 @@ def test_pixels_are_where_they_belong(tile, tmp_path, monkeypatch):
     expected = np.zeros((40, 70))
     expected[20:, 35:] = 1
     wrong = np.asarray(Image.open(tmp_path / "out" / "0.png")) != expected
-    # Scaling to 16 x 16 blurs the edges, cutting into tiles does not.
+    # Only scaling to 16 x 16 may change pixels, at the edges of the bright quarter. Tiling may not.
     assert wrong.mean() < 0.05
     assert not (tile and wrong.any())
 
 
-def test_the_threshold_is_that_of_the_model(tmp_path):
+def test_the_threshold_of_the_model_is_used(tmp_path):
     images = save_images(tmp_path / "images", (32, 32))
     for threshold, expected in ((-1e9, 1), (1e9, 0)):
         run(save_model(tmp_path / "model.pt", threshold=threshold), images, tmp_path / "out")
@@ -84,13 +86,13 @@ def test_the_threshold_is_that_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize(("palette", "expected"), [(None, (255, 255, 255)), (((1, 2, 3), (40, 50, 60)), (40, 50, 60))])
-def test_masks_are_in_the_colours_of_the_palette(palette, expected, tmp_path):
+def test_masks_have_the_colours_of_the_palette(palette, expected, tmp_path):
     images = save_images(tmp_path / "images", (32, 32))
     run(save_model(tmp_path / "model.pt", threshold=-1e9, palette=palette), images, tmp_path / "out")
     assert Image.open(tmp_path / "out" / "0.png").convert("RGB").getpixel((0, 0)) == expected
 
 
-def test_more_classes_than_a_palette_holds(tmp_path, monkeypatch):
+def test_more_classes_than_a_palette_has(tmp_path, monkeypatch):
     images = save_images(tmp_path / "images", (32, 32))
     model = save_model(tmp_path / "model.pt", "multiclass", class_names=tuple(map(str, range(301))))
     monkeypatch.setattr(predict.Predictor, "classes", lambda *_: np.full((32, 32), 300))
@@ -98,7 +100,7 @@ def test_more_classes_than_a_palette_holds(tmp_path, monkeypatch):
     assert set(np.asarray(Image.open(tmp_path / "out" / "0.png")).flat) == {300}
 
 
-def test_what_segment_writes_can_be_applied(tmp_path):
+def test_applies_a_model_that_segment_wrote(tmp_path):
     images = save_images(tmp_path / "images", (40, 48), (40, 48), (40, 48))
     (tmp_path / "masks").mkdir()
     for index in range(3):
@@ -126,17 +128,17 @@ class TestErrors:
         self.fails(tmp_path, "No such file", tmp_path / "none.pt", model=tmp_path / "none.pt")
 
     @pytest.mark.parametrize("content", [{"weights": {}, "threshold": 0.0}, [1], None])
-    def test_another_file(self, content, tmp_path):
+    def test_not_a_model(self, content, tmp_path):
         path = tmp_path / "model.pt"
-        torch.save(content, path) if content else path.write_text("no model")
-        self.fails(tmp_path, path, "not a model.pt of this version", model=path)
+        torch.save(content, path) if content else path.write_text("not a model")
+        self.fails(tmp_path, path, "not a model.pt written by this version", model=path)
 
     def test_no_images(self, tmp_path):
         self.fails(tmp_path, tmp_path / "images", "no such folder")
 
-    def test_a_broken_image_is_named_and_the_others_are_done(self, tmp_path):
+    def test_a_broken_image_is_named_and_the_others_are_predicted(self, tmp_path):
         images = save_images(tmp_path / "images", (32, 32), (32, 32))
-        (images / "0.png").write_text("no image")
+        (images / "0.png").write_text("not an image")
         self.fails(tmp_path, images / "0.png", "cannot be read")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.png"]
 

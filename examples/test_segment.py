@@ -1,3 +1,5 @@
+"""Tests of segment.py: evaluation, losses, training, interruptions, several processes, and error messages."""
+
 import csv
 import json
 import os
@@ -19,7 +21,7 @@ from PIL import Image
 from kornia.losses import lovasz_hinge_loss, lovasz_sigmoid_loss, lovasz_softmax_loss
 
 TINY = ["--size", "32", "--scenes", "8", "--steps", "4", "--lovasz-steps", "3", "--batch-size", "2", "--device", "cpu"]
-OWN = ["--images", "a", "--masks", "b", "--task"]
+OWN_DATA = ["--images", "a", "--masks", "b", "--task"]
 BINARY = segment.Task("binary", ("rest", "ink"))
 THREE = segment.Task("multiclass", ("a", "b", "c"))
 
@@ -36,7 +38,7 @@ def records(path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five images of a bright square each, with masks of it: labels 0 and 1."""
+    """Write five images with a bright rectangle each, and masks where the rectangle has the label 1."""
     for index in range(5):
         mask = np.zeros((40, 48), np.uint8)
         mask[5 + index : 20 + index, 10:30] = 1
@@ -46,8 +48,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-class Fixed(torch.nn.Module):
-    """A network whose logits for an image are the image itself."""
+class Identity(torch.nn.Module):
+    """A network that returns its input as logits."""
 
     def __init__(self):
         super().__init__()
@@ -58,29 +60,29 @@ class Fixed(torch.nn.Module):
 
 
 class TestEvaluate:
-    def test_counts_the_data_set_as_a_whole(self):
+    def test_counts_pixels_over_the_whole_data_set(self):
         labels = torch.tensor([[[1, 1, 1, 0]], [[0, 0, 0, 1]]])
         classes = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 1]]])
         logits = torch.nn.functional.one_hot(classes, 3).movedim(-1, 1).float()
-        found = segment.evaluate(Fixed(), data.Split(logits, labels), THREE)
-        # classes 0 and 1: 3 in both maps, 5 in either; class 2 is in neither
+        found = segment.evaluate(Identity(), data.Split(logits, labels), THREE)
+        # Classes 0 and 1 each have an intersection of 3 pixels and a union of 5. Class 2 never occurs.
         assert found.iou[:2].tolist() == pytest.approx([3 / 5, 3 / 5])
         assert found.iou[2].isnan()
         assert found.score == pytest.approx(3 / 5)
 
     @pytest.mark.parametrize("task", [BINARY, THREE])
-    def test_ignored_pixels_do_not_count(self, task):
+    def test_ignored_pixels_are_not_counted(self, task):
         labels = torch.tensor([[[1, 255, 0, 255]]])
         classes = torch.tensor([[[1, 0, 0, 1]]])
         logits = torch.nn.functional.one_hot(classes, 3).movedim(-1, 1).float()
         logits = 2.0 * classes[:, None] - 1 if task is BINARY else logits
-        assert segment.evaluate(Fixed(), data.Split(logits, labels), task).score == 1
+        assert segment.evaluate(Identity(), data.Split(logits, labels), task).score == 1
 
-    def test_binary_is_the_foreground_at_the_best_threshold(self):
+    def test_binary_score_is_the_foreground_iou_at_the_best_threshold(self):
         generator = torch.Generator().manual_seed(0)
         labels = (torch.rand(70, 4, 4, generator=generator) < 0.2).long()
         logits = torch.randn(70, 1, 4, 4, generator=generator) + labels[:, None] - 1
-        found = segment.evaluate(Fixed(), data.Split(logits, labels), BINARY)
+        found = segment.evaluate(Identity(), data.Split(logits, labels), BINARY)
         expected = []
         for threshold in segment.PROBABILITIES.logit():
             predicted, foreground = logits[:, 0] > threshold, labels == 1
@@ -97,17 +99,17 @@ class TestColours:
     def outcome(self, task, names):
         return report.Outcome(task, names, segment.PROBABILITIES, [], [])
 
-    def test_classes_have_their_colours_and_ignored_pixels_are_grey(self):
+    def test_classes_have_the_palette_colours_and_ignored_pixels_are_grey(self):
         labels = torch.tensor([[[0, 2, 1, 255]]])
         pixels = report.colour_classes(labels, self.outcome("multiclass", ("a", "b", "c")))[0, 0]
         paper, first, second = report.palette(3)
         assert np.array_equal(pixels, [paper, second, first, report.to_rgb(report.IGNORED)])
 
     @pytest.mark.parametrize("num_classes", [2, 11, 40])
-    def test_all_classes_look_different(self, num_classes):
+    def test_all_classes_have_different_colours(self, num_classes):
         assert len(np.unique(report.palette(num_classes), axis=0)) == num_classes
 
-    def test_errors_are_told_apart(self):
+    def test_each_kind_of_error_has_its_colour(self):
         labels, classes = torch.tensor([[[0, 0, 1, 1, 255]]]), torch.tensor([[[0, 1, 0, 1, 1]]])
         expected = (report.PAPER, report.WRONG, report.MISSED, report.FOUND, report.IGNORED)
         assert np.array_equal(report.colour_errors(classes, labels)[0, 0], [report.to_rgb(c) for c in expected])
@@ -127,12 +129,12 @@ class TestLosses:
         doubled = torch.cat([logits, logits], dim=3)
         assert torch.allclose(segment.lovasz(BINARY, hinge=hinge)(doubled, ignored), loss(logits, labels))
 
-    def test_lovasz_scores_the_batch_on_the_classes_it_shows(self):
-        # Image 0 shows class 0 alone and is right, image 1 shows class 1 alone and is wrong; class 2 never occurs.
+    def test_lovasz_scores_the_whole_batch_and_the_classes_present(self):
+        # Class 0 is predicted everywhere. Image 0 is all class 0, image 1 is all class 1, and class 2 never occurs.
         logits = torch.zeros(2, 3, 2, 2)
         logits[:, 0] = 100
         labels = torch.tensor([0, 1]).view(2, 1, 1).expand(2, 2, 2).contiguous()
-        # 1 - IoU is 1 - 4/8 for class 0, 1 for class 1
+        # 1 - IoU is 1 - 4/8 for class 0, and 1 for class 1.
         assert segment.lovasz(THREE)(logits, labels).item() == pytest.approx((0.5 + 1) / 2, abs=1e-5)
 
     def test_options_reach_the_loss(self):
@@ -141,12 +143,12 @@ class TestLosses:
         loss = segment.lovasz(THREE, per_image=True, classes="all")
         assert torch.equal(loss(logits, labels), lovasz_softmax_loss(logits, labels, classes="all"))
 
-    def test_mixed(self):
+    def test_mixed_is_the_weighted_mean(self):
         logits, labels = torch.zeros(1, 1, 1, 2), torch.tensor([[[1, 0]]])
         value = segment.mixed(lambda *_: torch.tensor(2.0), lambda *_: torch.tensor(10.0), 0.75)(logits, labels)
         assert value.item() == pytest.approx(0.75 * 2 + 0.25 * 10)
 
-    def test_decisions(self):
+    def test_decide_uses_threshold_or_argmax(self):
         logits = torch.tensor([[[[-1.0, 2.0, 0.5]]]])
         assert BINARY.decide(logits).tolist() == [[[0, 1, 1]]]
         assert BINARY.decide(logits, threshold=1.0).tolist() == [[[0, 1, 0]]]
@@ -163,7 +165,7 @@ class TestTraining:
         values = [stage.step().item() for _ in range(200)]
         assert np.mean(values[-10:]) < 0.5 * np.mean(values[:10])
 
-    def test_amp_is_for_the_network_and_not_for_the_loss(self):
+    def test_amp_is_used_in_the_network_but_not_in_the_loss(self):
         dtypes = []
         model = torch.nn.Conv2d(1, 1, 1)
         model.register_forward_hook(lambda _module, _inputs, output: dtypes.append(output.dtype))
@@ -177,7 +179,7 @@ class TestTraining:
         assert dtypes == [torch.bfloat16, torch.float32]
 
     @pytest.mark.parametrize("steps", [*range(1, 12), 40])
-    def test_the_rate_rises_and_falls_over_any_number_of_steps(self, steps):
+    def test_learning_rate_rises_and_falls_for_any_number_of_steps(self, steps):
         split = data.Split(torch.rand(2, 1, 4, 4), torch.ones(2, 4, 4, dtype=torch.long))
         model, loss = torch.nn.Conv2d(1, 1, 1), segment.cross_entropy(BINARY)
         stage = segment.Stage(model, split, loss, steps=steps, lr=0.1, batch_size=1, seed=0)
@@ -192,7 +194,7 @@ class TestTraining:
             assert max(rates) > 0.05
 
     def test_each_stage_ends_with_its_best_weights(self, monkeypatch):
-        """The validation IoU is best in the middle of stage 1 and at the beginning of stages 2 and 3."""
+        """The validation score is best at step 2 of stage 1, and at step 1 of stages 2 and 3."""
         scores = iter([0.1, 0.4, 0.2, 0.6, 0.5, 0.3, 0.9, 0.8, 0.7])
         weights = []
 
@@ -209,12 +211,12 @@ class TestTraining:
         assert [best["score"] for best in in_training.best] == [0.4, 0.6, 0.9]
         assert [best["weights"]["weight"].item() for best in in_training.best] == [weights[1], weights[3], weights[6]]
         assert (after[2], after[5], after[8]) == (weights[1], weights[3], weights[6])
-        # The second and the third begin with the best weights of the first and see the same batches.
+        # Stages 2 and 3 start from the best weights of stage 1 and see the same batches, so their weights are equal.
         assert len(set(weights)) == 6
         assert weights[6:] == weights[3:6]
         assert [record["step"] for record in in_training.history] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
 
-    def test_nan_stops_it(self, monkeypatch, tmp_path):
+    def test_a_nan_loss_stops_the_program(self, monkeypatch, tmp_path):
         monkeypatch.setattr(segment, "cross_entropy", lambda _: lambda logits, _: logits.sum() * float("nan"))
         with pytest.raises(SystemExit, match="stage 1, step 1: the loss is nan; a smaller learning rate"):
             segment.main([*TINY, "--out", str(tmp_path)])
@@ -230,53 +232,53 @@ def same_results(one, two):
 
 
 class TestInterruption:
-    """A run stopped by a signal and continued is the run that was never stopped."""
+    """A run that is stopped by a signal and continued has the results of a run that was never stopped."""
 
     def interrupt_at(self, monkeypatch, step):
-        taken = 0
+        steps = 0
         original = segment.Stage.step
 
         def stepping(stage):
-            nonlocal taken
-            taken += 1
+            nonlocal steps
+            steps += 1
             value = original(stage)
-            if taken == step:
+            if steps == step:
                 os.kill(os.getpid(), signal.SIGINT)
             return value
 
         monkeypatch.setattr(segment.Stage, "step", stepping)
 
-    # In the first stage between validations, and in the second at one.
+    # Step 1 is in the first stage between validations, step 6 is in the second stage at a validation.
     @pytest.mark.parametrize("step", [1, 6])
-    def test_goes_on_as_if_nothing_had_been(self, step, tmp_path, monkeypatch, capsys):
+    def test_a_continued_run_has_the_same_results(self, step, tmp_path, monkeypatch, capsys):
         options = ("--task", "binary", "--validate-every", 2)
-        run(capsys, *options, "--out", tmp_path / "whole")
+        run(capsys, *options, "--out", tmp_path / "uninterrupted")
         before = signal.getsignal(signal.SIGINT)
         with monkeypatch.context() as patch:
             self.interrupt_at(patch, step)
             with pytest.raises(SystemExit) as caught:
-                run(capsys, *options, "--out", tmp_path / "parts")
+                run(capsys, *options, "--out", tmp_path / "interrupted")
         assert caught.value.code == 130
         assert signal.getsignal(signal.SIGINT) == before
-        run(capsys, *options, "--out", tmp_path / "parts")
-        same_results(tmp_path / "whole" / "binary", tmp_path / "parts" / "binary")
-        assert not (tmp_path / "parts" / "binary" / "checkpoint.pt").exists()
+        run(capsys, *options, "--out", tmp_path / "interrupted")
+        same_results(tmp_path / "uninterrupted" / "binary", tmp_path / "interrupted" / "binary")
+        assert not (tmp_path / "interrupted" / "binary" / "checkpoint.pt").exists()
 
     def test_a_finished_task_is_not_trained_again(self, tmp_path, monkeypatch, capsys):
-        run(capsys, "--out", tmp_path / "whole")
+        run(capsys, "--out", tmp_path / "uninterrupted")
         with monkeypatch.context() as patch:
             self.interrupt_at(patch, 13)
             with pytest.raises(SystemExit):
-                run(capsys, "--out", tmp_path / "parts")
+                run(capsys, "--out", tmp_path / "interrupted")
         steps = []
         original = segment.Stage.step
         monkeypatch.setattr(segment.Stage, "step", lambda stage: steps.append(1) or original(stage))
-        run(capsys, "--out", tmp_path / "parts")
+        run(capsys, "--out", tmp_path / "interrupted")
         assert len(steps) == 7
         for task in ("binary", "multiclass"):
-            same_results(tmp_path / "whole" / task, tmp_path / "parts" / task)
+            same_results(tmp_path / "uninterrupted" / task, tmp_path / "interrupted" / task)
 
-    def test_other_options_are_refused_until_restart(self, tmp_path, monkeypatch, capsys):
+    def test_other_options_are_refused_without_restart(self, tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             self.interrupt_at(patch, 2)
             with pytest.raises(SystemExit):
@@ -304,7 +306,7 @@ def torchrun(script, *args):
 
 @pytest.fixture(scope="module")
 def shared_run(tmp_path_factory):
-    """Both tasks under torchrun, with two real processes: what was printed, and the folder of results."""
+    """Run both tasks under torchrun with two processes. Returns the printed text and the folder of results."""
     folder = tmp_path_factory.mktemp("torchrun")
     done = torchrun(segment.__file__, "--out", folder)
     assert done.returncode == 0, done.stderr
@@ -312,12 +314,12 @@ def shared_run(tmp_path_factory):
 
 
 class TestProcesses:
-    def test_one_of_them_reports(self, shared_run):
+    def test_only_one_process_reports(self, shared_run):
         text, _ = shared_run
         assert text.count("IoU on 2 test images") == 2
 
     @pytest.mark.parametrize("task", ["binary", "multiclass"])
-    def test_counts_are_those_of_all_images(self, task, shared_run):
+    def test_pixels_of_all_processes_are_counted(self, task, shared_run):
         _, folder = shared_run
         results = same_model_in_one_process(folder / task, task)
         for record in records(folder / task / "results.csv")[-1:]:
@@ -326,12 +328,12 @@ class TestProcesses:
 
 
 def same_model_in_one_process(folder, task):
-    """The last row of the results, from the saved model and all images at once."""
+    """Evaluate the saved model in this process: the IoU values that the last row of results.csv must have."""
     ((_, splits),) = segment.jobs(segment.parse_args(segment.__doc__, [*TINY, "--task", task]))
     job = BINARY if task == "binary" else segment.Task(task, digit_scenes.CLASS_NAMES)
-    model, kept = segment.build_network(job, 1), torch.load(folder / "model.pt")
-    model.load_state_dict(kept["weights"])
-    place = int((segment.PROBABILITIES.logit() - kept["threshold"]).abs().argmin())
+    model, saved = segment.build_network(job, 1), torch.load(folder / "model.pt")
+    model.load_state_dict(saved["weights"])
+    place = int((segment.PROBABILITIES.logit() - saved["threshold"]).abs().argmin())
     found = {split: segment.evaluate(model, splits[split], job) for split in ("validation", "test")}
     return {split: float(e.iou[place]) if task == "binary" else e.score for split, e in found.items()}
 
@@ -361,7 +363,7 @@ class TestScenes:
                 assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
     @pytest.mark.parametrize("task", ["binary", "multiclass"])
-    def test_every_heading_says_what_was_trained(self, task, tmp_path, monkeypatch, capsys):
+    def test_headings_and_legends_name_the_mixture(self, task, tmp_path, monkeypatch, capsys):
         labels = []
         draw = report.finish
 
@@ -373,13 +375,13 @@ class TestScenes:
 
         monkeypatch.setattr(report, "finish", spy)
         monkeypatch.setenv("COLUMNS", "120")
-        text = run(capsys, "--task", task, "--out", tmp_path, "--mix", 0.5)
+        printed = run(capsys, "--task", task, "--out", tmp_path, "--mix", 0.5)
         after = {record["after"] for record in records(tmp_path / task / "results.csv")}
         mixture = "cross-entropy + Lovász"
         assert after == {"cross-entropy", "more cross-entropy", mixture}
-        said = [*labels, *text.splitlines()]
-        assert sum(mixture in each for each in said) >= 3
-        assert not [each for each in said if "Lovász" in each.replace(mixture, "")]
+        texts = [*labels, *printed.splitlines()]
+        assert sum(mixture in text for text in texts) >= 3
+        assert not [text for text in texts if "Lovász" in text.replace(mixture, "")]
 
     @pytest.mark.parametrize(
         ("mix", "last"), [(0, "Lovász"), (0.3, "cross-entropy + Lovász"), (1, "more cross-entropy")]
@@ -387,12 +389,12 @@ class TestScenes:
     def test_names_of_stages(self, mix, last):
         assert report.stage_names(mix) == ("cross-entropy", "more cross-entropy", last)
 
-    def test_the_progress_is_not_interspersed_with_warnings(self, tmp_path, monkeypatch, recwarn, capsys):
+    def test_no_warnings_about_thresholds_between_the_progress_bars(self, tmp_path, monkeypatch, recwarn, capsys):
         monkeypatch.setattr(segment, "PROBABILITIES", torch.tensor([0.998, 0.999], dtype=torch.float64))
         run(capsys, "--task", "binary", "--out", tmp_path)
         assert not [warning for warning in recwarn if "thresholds" in str(warning.message)]
 
-    def test_same_seed_same_numbers(self, tmp_path, capsys):
+    def test_results_depend_only_on_the_seed(self, tmp_path, capsys):
         found = []
         for place, seed in enumerate((3, 3, 4)):
             run(capsys, "--task", "multiclass", "--out", tmp_path / str(place), "--seed", seed)
@@ -431,8 +433,8 @@ class TestFolder:
     def test_tiles(self, folder, tmp_path, capsys):
         own = ["--images", folder / "images", "--masks", folder / "masks", "--task", "binary", "--tile"]
         assert "IoU on 1 test images" in run(capsys, *own, "--out", tmp_path / "out")
-        kept = torch.load(tmp_path / "out" / "binary" / "model.pt")
-        assert (kept["tile"], kept["size"]) == (True, 32)
+        saved = torch.load(tmp_path / "out" / "binary" / "model.pt")
+        assert (saved["tile"], saved["size"]) == (True, 32)
 
     def test_tiles_of_one_image_are_in_one_split(self, folder):
         for index in range(5):
@@ -448,7 +450,7 @@ class TestFolder:
             tile=True,
         )
         shades = {name: set(split.images.amax((1, 2, 3)).tolist()) for name, split in splits.items()}
-        assert [len(of_split) for of_split in shades.values()] == [3, 1, 1]
+        assert [len(split_shades) for split_shades in shades.values()] == [3, 1, 1]
         assert len(set.union(*shades.values())) == 5
         assert [len(split.images) for split in splits.values()] == [27, 9, 9]
         assert [split.files for split in splits.values()] == [3, 1, 1]
@@ -473,7 +475,7 @@ class TestFolder:
 
 
 class TestErrors:
-    def test_bad_data_is_one_line_without_a_traceback(self, folder, tmp_path):
+    def test_bad_data_gives_one_line_without_a_traceback(self, folder, tmp_path):
         (folder / "masks" / "2.png").unlink()
         script = Path(segment.__file__)
         own = ["--images", folder / "images", "--masks", folder / "masks", "--task", "binary", "--out", tmp_path]
@@ -483,7 +485,7 @@ class TestErrors:
         assert len(done.stderr.splitlines()) == 1
         assert str(folder / "images" / "2.png") in done.stderr
 
-    def test_a_missing_package_is_named_with_what_installs_it(self, tmp_path):
+    def test_a_missing_package_is_named_with_the_install_command(self, tmp_path):
         script = shutil.copy(segment.__file__, tmp_path)
         (tmp_path / "digit_scenes.py").write_text("import a_package_that_is_missing\n")
         done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
@@ -506,8 +508,8 @@ class TestErrors:
             (["--num-classes", "3"], "--num-classes"),
             (["--tile"], "your own data"),
             (["--palette", "0,0,0;1,1,1"], "your own data"),
-            ([*OWN, "multiclass", "--palette", "0,0,0;1,1,1", "--num-classes", "2"], "leave out --num-classes"),
-            ([*OWN, "binary", "--palette", "0,0,0;1,1,1;2,2,2"], "3 colours, but --task binary has two"),
+            ([*OWN_DATA, "multiclass", "--palette", "0,0,0;1,1,1", "--num-classes", "2"], "leave out --num-classes"),
+            ([*OWN_DATA, "binary", "--palette", "0,0,0;1,1,1;2,2,2"], "3 colours, but --task binary has two"),
             (["--palette", "no.json"], "no.json cannot be read"),
             (["--palette", "0,0,0"], "2 to 255 different colours"),
             (["--palette", "0,0,0;0,0,0"], "2 to 255 different colours"),
@@ -530,7 +532,7 @@ class TestErrors:
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
 
-    def test_processes_share_batches_equally(self, monkeypatch, capsys):
+    def test_batch_size_must_be_divisible_by_the_number_of_processes(self, monkeypatch, capsys):
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(SystemExit):
             segment.parse_args(segment.__doc__, ["--batch-size", "3"])
