@@ -4,6 +4,7 @@
 examples/README.md. Building the documentation makes the same tables.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,10 +178,10 @@ def draw_curves(runs: Runs, path: Path) -> None:
 
 def kept_table(records: list[dict]) -> list[list[str]]:
     """A table of test IoU with the last weights and with the weights that were best on validation images."""
-    lines = [["after 900 steps", "last weights", "best weights on validation", "step of the best weights (median)"]]
-    for task, measures in MEASURES.items():
+    lines = [["", "last weights", "best weights on validation", "step of the best weights (median)"]]
+    for (task, measures), budget in itertools.product(MEASURES.items(), evidence.BEST_WEIGHTS_BUDGETS):
         title, measure = next(iter(measures.items()))
-        found = {(r["arm"], r["seed"]): r for r in records if r["task"] == task}
+        found = {(r["arm"], r["seed"]): r for r in records if (r["task"], r["budget"]) == (task, budget)}
 
         def iou(arm: str, which: str, found: dict = found, measure: str = measure) -> np.ndarray:
             return np.array([100 * found[arm, seed][which][measure] for seed in evidence.SEEDS])
@@ -191,7 +192,7 @@ def kept_table(records: list[dict]) -> list[list[str]]:
                 gain = "" if arm == REFERENCE else f" ({Interval.of(iou(arm, which) - iou(REFERENCE, which))})"
                 cells.append(f"{iou(arm, which).mean():.1f}{gain}")
             steps = np.median([found[arm, seed]["kept after"] for seed in evidence.SEEDS])
-            lines.append([f"{NAMES[arm]}, {title}", *cells, f"{steps:.0f}"])
+            lines.append([f"{NAMES[arm]}, {title}, {budget:,} steps", *cells, f"{steps:,.0f}"])
     return lines
 
 
