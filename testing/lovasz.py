@@ -115,11 +115,19 @@ def make_inputs(loss, device, dtype, shape=(3, 5, 6), *, labels=None, ignored=No
     return pred.to(device, dtype), target.to(device)
 
 
+def widest_dtype(device) -> torch.dtype:
+    """float64, or float32 on a device without float64, such as MPS."""
+    try:
+        return torch.empty(0, dtype=torch.float64, device=device).dtype
+    except TypeError:
+        return torch.float32
+
+
 def right_logits(loss, target, margin=1.0):
-    """Logits that have each label right by a margin, float64."""
+    """Logits that have each label right by a margin, float32."""
     if loss.channels == 1:
-        return margin * (2.0 * target.unsqueeze(1).double() - 1.0)
-    return margin * torch.nn.functional.one_hot(target, loss.channels).movedim(-1, 1).double()
+        return margin * (2.0 * target.unsqueeze(1).float() - 1.0)
+    return margin * torch.nn.functional.one_hot(target, loss.channels).movedim(-1, 1).float()
 
 
 def value_and_grad(function, pred, target, *args, **options):
@@ -150,7 +158,7 @@ def oracle(
     loss, pred, target, weight=None, *, classes="all", ignore_index=-100, per_image=True, reduction="mean"
 ) -> Tensor:
     """The loss with all its options from the definition, in float64 on the CPU and under autograd."""
-    pred, target = pred.double().cpu(), target.cpu()
+    pred, target = pred.cpu().double(), target.cpu()
     groups = list(zip(pred.flatten(2), target.flatten(1)))
     if not per_image:
         groups = [(pred.movedim(1, 0).flatten(1), target.flatten())]
@@ -174,7 +182,7 @@ def _oracle_of_group(loss, logits, labels, weight, classes):
         others = torch.cat([probabilities[:c], probabilities[c + 1 :]]).sum(0)
         terms[c] = extension(torch.where(labels == c, others, probabilities[c]), labels == c)
     averaged = {"all": range(len(logits)), "present": labels.unique().tolist()}.get(str(classes), classes)
-    factors = torch.ones(len(logits)) if weight is None else weight.double().cpu()
+    factors = torch.ones(len(logits)) if weight is None else weight.cpu().double()
     return sum(factors[c] * terms[c] for c in averaged) / len(averaged)
 
 
