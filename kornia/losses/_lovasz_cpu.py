@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact losses on the CPU: only the pixels that can have a weight are ranked, by threads that work in pieces.
+"""The exact losses on the CPU: threads rank only the pixels that can have a weight.
 
-A background error below every foreground error of its class has the weight 0, as no foreground is left to pass. A hinge
-error of 0 has no part in the loss. Of a class without foreground, the largest error alone counts. What remains are the
-*candidates*: those that reach the *floor* of their row, the pixels of one class in one group.
+Most pixels need no ranking. A background error below every foreground error of its class has weight 0. A hinge error of
+0 adds nothing to the loss. In a class without foreground, only the largest error has a weight. The other pixels are the
+*candidates*. A *row* holds the pixels of one class in one group, and its candidates are the pixels whose errors are not
+below the *floor* of the row.
 
-A group is passed through three times: from logits to errors, by pieces of its pixels; from errors to weights, by rows;
-and from weights to the loss and the gradient, which takes the place of the errors.
+Each group is processed in three passes: from logits to errors, in pieces of pixels; from errors to weights, in rows;
+and from weights to the loss and the gradient, which overwrites the errors.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from ._tuning import tuning
 
 
 def size_of_pieces(errors: int) -> int:
-    """How many errors to handle at a time: few enough for small temporaries and all threads."""
+    """Return how many errors make a piece: few enough for small temporaries and for work for all threads."""
     return max(tuning.piece, -(-errors // (4 * torch.get_num_threads())))
 
 
-# From errors or margins, foreground and weights, to what is kept of each pixel and to the sum of their losses.
-Use = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# From errors (or margins), foreground and weights to the value that is kept of each pixel, and the sum of the losses.
+ApplyWeights = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def losses_and_gradient(
     pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`._lovasz_dense.losses_and_gradient` computes, exact."""
+    """Compute the exact losses and their gradient, like :func:`._lovasz_dense.losses_and_gradient`."""
     gradient = torch.empty((len(target), pred[0].numel()), dtype=options.dtype_of(pred, weight), device="cpu")
     gradient = gradient.view(len(target), pred.shape[1], -1)
     if options.classes is None:
@@ -48,12 +49,16 @@ def losses_and_gradient(
         form = _softmax_of_all if group * pred.shape[1] < tuning.candidates_from else _softmax
     if gradient.numel() > tuning.piece:
         return form(pred, target, weight, gradient, options), gradient
-    # Handing out several pieces would take longer than it spares.
+    # Splitting a small input would cost more than it saves. As one piece, it runs single-threaded operations.
     return in_pieces(lambda pred: form(pred, target, weight, gradient, options), [pred])[0], gradient
 
 
-def _each(work: Callable[[Any], Any], items: Iterable[Any], size: int) -> list[Any]:
-    """Work on items of so many errors: as pieces, or one after the other where they are divided into pieces again."""
+def _map_items(work: Callable[[Any], Any], items: Iterable[Any], size: int) -> list[Any]:
+    """Apply ``work`` to items of ``size`` errors each.
+
+    The threads share the items. Only a few large items are processed in turn, as each of them is split among the
+    threads by ``work``.
+    """
     items, threads = list(items), torch.get_num_threads()
     is_even = len(items) % threads == 0 or len(items) > 4 * threads
     return in_pieces(work, items) if is_even or size <= 2 * tuning.piece else [work(item) for item in items]
@@ -65,51 +70,60 @@ def _each(work: Callable[[Any], Any], items: Iterable[Any], size: int) -> list[A
 
 
 def _single_class(pred: Tensor, target: Tensor, _: Optional[Tensor], gradient: Tensor, options: Options) -> Tensor:
-    """Losses of groups of logits ``(B, 1, H, W)``; their gradient overwrites a tensor."""
+    """Return the losses of the groups of logits ``(B, 1, H, W)``, and write their gradient to ``gradient``."""
     shape = (len(target) if options.per_image else 1, -1)
     logits, labels, gradient = (tensor.reshape(shape) for tensor in (pred, target, gradient))
-    use = partial(_hinge if options.loss == "hinge" else _sigmoid, divisor=options.divisor(len(logits)))
+    apply_weights = partial(_hinge if options.loss == "hinge" else _sigmoid, divisor=options.divisor(len(logits)))
     is_long = logits.shape[1] > 2 * tuning.piece
-    rows = partial(_long_row_of_margins if is_long else _rows_of_margins, use=use, options=options)
+    rows = partial(_long_row_of_margins if is_long else _rows_of_margins, apply_weights=apply_weights, options=options)
     step = max(1, min(tuning.piece // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
     pieces = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
-    return torch.cat(_each(lambda piece: rows(*piece), pieces, step * logits.shape[1]))
+    return torch.cat(_map_items(lambda piece: rows(*piece), pieces, step * logits.shape[1]))
 
 
-def _rows_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, options: Options) -> Tensor:
-    """Losses of rows of pixels ``(R, N)``, one for each group; their gradient overwrites a tensor."""
+def _rows_of_margins(
+    logits: Tensor, labels: Tensor, gradient: Tensor, apply_weights: ApplyWeights, options: Options
+) -> Tensor:
+    """Return the losses of rows of pixels ``(R, N)``, one row per group, and write their gradient to ``gradient``."""
     margins = torch.empty_like(gradient)
     foreground, sizes, smallest, largest = _measure_margins(logits, labels, margins, options)
     weights = rank_rows(margins, foreground, sizes, _floors(sizes, smallest, largest, options))
-    values, losses = use(margins, foreground, weights)
+    values, losses = apply_weights(margins, foreground, weights)
     gradient.copy_(values)
     return losses.masked_fill_(largest.isnan(), float("nan"))
 
 
-def _long_row_of_margins(logits: Tensor, labels: Tensor, gradient: Tensor, use: Use, options: Options) -> Tensor:
-    """The same for one row ``(1, N)``, in pieces."""
-    # The buffer of the gradient holds the margins first.
+def _long_row_of_margins(
+    logits: Tensor, labels: Tensor, gradient: Tensor, apply_weights: ApplyWeights, options: Options
+) -> Tensor:
+    """Do the same for one row ``(1, N)``, in pieces."""
+    # The gradient buffer holds the margins until the gradient overwrites them.
     step = size_of_pieces(logits.shape[1])
     pieces = zip(*(tensor.split(step, 1) for tensor in (logits, labels, gradient)))
     measured = in_pieces(lambda piece: _measure_margins(*piece, options)[1:], pieces)
     sizes, smallest, largest = (torch.cat(each) for each in zip(*measured))
     size, smallest, largest = sizes.sum(0, keepdim=True), smallest.amin(0, keepdim=True), largest.amax(0, keepdim=True)
     floor = _floors(size, smallest, largest, options)
-    losses = rank_long_row(gradient[0], labels[0], 1, size, floor, gradient[0], use)
+    losses = rank_long_row(gradient[0], labels[0], 1, size, floor, gradient[0], apply_weights)
     return losses.masked_fill_(largest.isnan(), float("nan"))
 
 
 def _measure_margins(
     logits: Tensor, labels: Tensor, margins: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overwrite ``margins`` of pixels ``(R, N)``: minus the logit on the foreground, the logit elsewhere.
+    """Compute the margins of pixels ``(R, N)``: minus the logit on the foreground, the logit on the background.
+
+    They are written to ``margins``, with ``-inf`` for ignored pixels.
 
     Returns:
-        the foreground, bytes ``(R, N)``; and of each row the size of the foreground, its smallest margin (for the hinge
-        loss, that of an error above 0), and the largest margin of all.
+        the foreground, bytes ``(R, N)``; and for each row, the foreground size, the smallest foreground margin (for
+        the hinge loss, the smallest margin whose error is positive) and the largest margin.
     """
     foreground, valid = binary_labels(labels, options.ignore_index)
-    is_hinge, foreground = options.loss == "hinge", foreground.view(torch.uint8)  # a number several times as fast
+    is_hinge, foreground = (
+        options.loss == "hinge",
+        foreground.view(torch.uint8),
+    )  # bytes are several times as fast in arithmetic
     torch.mul(_signs(foreground, margins), logits, out=margins)
     least = torch.nextafter(margins.new_tensor(-1.0), margins.new_tensor(0.0)).expand(len(margins))
     smallest = least if is_hinge else margins.masked_fill(foreground == 0, float("inf")).amin(1)
@@ -119,27 +133,27 @@ def _measure_margins(
 
 
 def _floors(sizes: Tensor, smallest: Tensor, largest: Tensor, options: Options) -> Tensor:
-    """The smallest margin of a candidate: without foreground, only the largest margin is one."""
+    """Return the floor of each row. Without foreground, only the largest margin is a candidate."""
     floors = largest.where(sizes == 0, smallest)
     return floors.maximum(smallest) if options.loss == "hinge" else floors
 
 
 def _hinge(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Gradient of the hinge loss, and the loss of each row."""
+    """Compute the gradient of the hinge loss, and the loss of each row."""
     weights = weights.div_(divisor)
     errors = (margins + 1.0).relu_()
     losses = errors.mul(weights).sum(-1)
-    if losses.isnan().any():  # the product of no weight and an infinite error
+    if losses.isnan().any():  # from a weight of 0 times an infinite error
         losses = errors.masked_fill((weights == 0) & errors.isinf(), 0.0).mul_(weights).sum(-1)
     return _signs(foreground, errors).mul_(weights), losses
 
 
 def _sigmoid(margins: Tensor, foreground: Tensor, weights: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Gradient of the sigmoid loss, and the loss of each row."""
+    """Compute the gradient of the sigmoid loss, and the loss of each row."""
     errors = margins.sigmoid()
     parts = weights.div_(divisor).mul_(errors)
     losses = parts.sum(-1)
-    parts.addcmul_(parts, errors, value=-1)  # the slope of an error e is e * (1 - e)
+    parts.addcmul_(parts, errors, value=-1)  # the derivative of an error e is e * (1 - e)
     return _signs(foreground, errors).mul_(parts), losses
 
 
@@ -154,11 +168,11 @@ def _signs(foreground: Tensor, out: Tensor) -> Tensor:
 
 
 def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: Tensor, options: Options) -> Tensor:
-    """Losses of groups of logits ``(B, C, H, W)``; their gradient overwrites a tensor."""
+    """Return the losses of the groups of logits ``(B, C, H, W)``, and write their gradient to ``gradient``."""
     batch, divisor = len(target), options.divisor(len(target))
     logits, labels = pred.flatten(2).expand(batch, -1, -1), target.flatten(1)
     if not options.per_image and batch > 1 and logits[0].numel() < tuning.merged_below:
-        # As one image, which divides into larger pieces.
+        # Merge small images into one, which can be split into larger pieces.
         merged = logits.transpose(0, 1).flatten(1)
         parts = torch.empty_like(merged, dtype=gradient.dtype)
         one = (merged.unsqueeze(-1).unsqueeze(0), labels.flatten().view(1, -1, 1), weight, parts.unsqueeze(0))
@@ -172,24 +186,24 @@ def _softmax(pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: T
         sizes, smallest = sizes.sum(0), smallest.amin(0)
         factors = class_factors(options.classes or "all", weight, sizes.unsqueeze(0), divisor, gradient.dtype)[0]
         group.rank(((factors != 0) & (sizes > 0)).nonzero().squeeze(1), sizes, smallest, factors)
-        alone = group.find_alone(((factors != 0) & (sizes == 0)).nonzero().squeeze(1), factors)
+        of_absent = group.rank_absent(((factors != 0) & (sizes == 0)).nonzero().squeeze(1), factors)
         loss = torch.stack(in_pieces(group.finish, group.pieces)).sum()
-        group.errors.index_put_(*alone, accumulate=True)
+        group.errors.index_put_(*of_absent, accumulate=True)
         return torch.where(group.largest.amax().isnan(), float("nan"), loss)
 
     step = 1 if options.per_image else batch
     groups = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
-    return torch.stack(_each(loss_of, groups, gradient[:step].numel()))
+    return torch.stack(_map_items(loss_of, groups, gradient[:step].numel()))
 
 
 def _softmax_of_all(
     pred: Tensor, target: Tensor, weight: Optional[Tensor], gradient: Tensor, options: Options
 ) -> Tensor:
-    """The same from all errors, several small groups at a time, where choosing candidates would take longer."""
-    divisor, alone = options.divisor(len(target)), options._replace(reduction="sum")
+    """Do the same for small groups, several at a time: rank all pixels, as selecting candidates would take longer."""
+    divisor, undivided = options.divisor(len(target)), options._replace(reduction="sum")
 
     def losses_of(tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        losses, parts = _lovasz_dense.losses_and_gradient(*tensors[:2], weight, alone)
+        losses, parts = _lovasz_dense.losses_and_gradient(*tensors[:2], weight, undivided)
         torch.div(parts, divisor, out=tensors[2])
         return losses.div_(divisor)
 
@@ -199,16 +213,16 @@ def _softmax_of_all(
 
 
 class _SoftmaxGroup:
-    """The passes through a group of images, and what they leave for each other. A piece is of pixels of one image."""
+    """The three passes over a group of images, and the values they share. A piece is a range of pixels of one image."""
 
     def __init__(self, pred: Tensor, target: Tensor, gradient: Tensor, ignore_index: Optional[int]) -> None:
         self.logits, self.target, self.errors, self.ignore_index = pred, target, gradient, ignore_index
         batch, num_classes, count = pred.shape
-        codes = torch.uint8 if num_classes < 256 else torch.int32
-        self.labels = torch.empty((batch, count), dtype=codes, device="cpu")  # the number of classes if ignored
-        self.labelled = torch.empty((batch, count), dtype=gradient.dtype, device="cpu")  # probability of the label
-        self.share = torch.zeros_like(self.labelled)  # of the pixel in the loss
-        # The largest error of each line of pixels, whose length divides their number.
+        label_dtype = torch.uint8 if num_classes < 256 else torch.int32
+        self.labels = torch.empty((batch, count), dtype=label_dtype, device="cpu")  # ignored: num_classes
+        self.labelled = torch.empty((batch, count), dtype=gradient.dtype, device="cpu")  # probabilities of the labels
+        self.share = torch.zeros_like(self.labelled)  # parts of the pixels in the loss
+        # The largest error in each line of pixels. The length of a line divides the number of pixels.
         self.line = next(line for line in range(256, 0, -1) if count % line == 0)
         self.largest = torch.empty((batch, num_classes, count // self.line), dtype=gradient.dtype, device="cpu")
         width = size_of_pieces(pred.numel()) // num_classes
@@ -216,56 +230,56 @@ class _SoftmaxGroup:
         self.pieces = [(i, slice(j, j + width)) for i in range(batch) for j in range(0, count, width)]
 
     def measure(self, piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:
-        """From logits to errors. Return the size of each class, and the smallest error of its foreground."""
+        """Turn logits into errors. Return the foreground size of each class, and its smallest foreground error."""
         num_classes = self.logits.shape[1]
         labels, valid = class_labels(self.target[piece], num_classes, self.ignore_index)
         logits, out = self.logits[piece[0], :, piece[1]], self.errors[piece[0], :, piece[1]]
-        # Of a whole image, the errors are made in place.
+        # A whole image's errors are computed in place.
         errors = torch.softmax(logits.to(out.dtype), 0, out=out if out.is_contiguous() else None)
-        found = labels
+        marked = labels
         if valid is not None:
-            found = labels.masked_fill(~valid, num_classes)
+            marked = labels.masked_fill(~valid, num_classes)
             errors.index_fill_(1, (~valid).nonzero().squeeze(1), 0.0)
         index = labels.unsqueeze(0)
         self.labelled[piece] = errors.gather(0, index)[0]
-        # The error of the foreground is the sum of the other probabilities.
+        # A foreground error is the sum of the other probabilities.
         others = errors.scatter_(0, index, 0.0).sum(0)
         errors.scatter_(0, index, others.unsqueeze(0))
         if errors is not out:
             out.copy_(errors)
-        self.labels[piece] = found
+        self.labels[piece] = marked
         smallest = torch.full((num_classes + 1,), torch.inf, dtype=errors.dtype, device="cpu")
-        smallest.scatter_reduce_(0, found, others, "amin")
+        smallest.scatter_reduce_(0, marked, others, "amin")
         lines = slice(piece[1].start // self.line, -(-piece[1].stop // self.line))
         self.largest[piece[0], :, lines] = errors.view(num_classes, -1, self.line).amax(2)
-        return found.bincount(minlength=num_classes + 1)[:-1], smallest[:-1]
+        return marked.bincount(minlength=num_classes + 1)[:-1], smallest[:-1]
 
     def rank(self, classes: Tensor, sizes: Tensor, smallest: Tensor, factors: Tensor) -> None:
-        """From errors to weights, times the factors, of some classes."""
+        """Turn the errors of some classes into weights, times the factors of the classes."""
         self.classes = classes
         self.weights = torch.empty((len(self.classes), *self.labels.shape), dtype=factors.dtype, device="cpu")
-        # A pixel whose error is 0 has no part in the loss or its gradient, whatever its weight.
+        # An error of 0 adds nothing to the loss or the gradient, whatever its weight.
         tiny = torch.finfo(factors.dtype).smallest_normal * torch.finfo(factors.dtype).eps
         floors, labels = smallest.clamp(min=tiny), self.labels.view(-1)
         length = len(labels)
         weights = self.weights.view(-1, length)
 
-        def rank(place: int) -> None:
-            rows = self.classes[place : place + step]
+        def rank_from(start: int) -> None:
+            rows = self.classes[start : start + step]
             errors = self.errors.index_select(1, rows).transpose(0, 1).flatten(1)
             if length > 2 * tuning.piece:
-                use = partial(_scaled, factor=factors[rows])
-                rank_long_row(errors[0], labels, int(rows), sizes[rows], floors[rows], weights[place], use)
+                scale = partial(_scale, factor=factors[rows])
+                rank_long_row(errors[0], labels, int(rows), sizes[rows], floors[rows], weights[start], scale)
             else:
                 foreground = (labels == rows.unsqueeze(1)).view(torch.uint8)
                 ranked = rank_rows(errors, foreground, sizes[rows], floors[rows])
-                torch.mul(ranked, factors[rows].unsqueeze(1), out=weights[place : place + step])
+                torch.mul(ranked, factors[rows].unsqueeze(1), out=weights[start : start + step])
 
         step = max(1, min(tuning.piece // length, -(-len(self.classes) // torch.get_num_threads())))
-        _each(rank, range(0, len(self.classes), step), step * length)
+        _map_items(rank_from, range(0, len(self.classes), step), step * length)
 
-    def find_alone(self, absent: Tensor, factors: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Where the largest errors of absent classes are in ``(B, C, N)``, and their parts in the loss."""
+    def rank_absent(self, absent: Tensor, factors: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the indices ``(B, C, N)`` of the largest errors of absent classes, and their parts in the loss."""
         line = self.largest.index_select(1, absent).transpose(0, 1).flatten(1).argmax(1)
         image, line = line // self.largest.shape[2], line % self.largest.shape[2]
         errors = self.errors.unflatten(2, (-1, self.line))[image, absent, line]
@@ -275,10 +289,11 @@ class _SoftmaxGroup:
         return (image, absent, pixel), parts
 
     def finish(self, piece: tuple[int, slice]) -> Tensor:
-        """From weights to the gradient, in place of the errors. Return the part in the loss.
+        """Turn weights into the gradient, which overwrites the errors. Return the part of the piece in the loss.
 
-        With h as in the dense form: lift is the part of h that the classes of a pixel share, the foreground weight, and
-        share is sum(p * h), the part of the pixel in the loss. The gradient is p * (h - share).
+        With ``h`` as in the dense form, ``lift`` is the foreground weight of a pixel, which all its other classes share
+        in ``h``, and ``share`` is ``sum(p * h)``, the part of the pixel in the loss. The gradient is
+        ``p * (h - share)``.
         """
         errors, labels = self.errors[piece[0], :, piece[1]], self.labels[piece].to(torch.int64)
         weights, share = self.weights[:, piece[0], piece[1]], self.share[piece]
@@ -287,7 +302,7 @@ class _SoftmaxGroup:
         share += parts.sum(0)
         lift = torch.zeros_like(share)
         if len(self.classes) > 0:
-            # Of each label, its place among the ranked classes; of one that is not, none.
+            # The index of each label among the ranked classes, or -1 if it is not one of them.
             places = torch.full((num_classes + 1,), -1, device="cpu")
             places[self.classes] = torch.arange(len(self.classes), device="cpu")
             places = places.index_select(0, labels)
@@ -299,8 +314,8 @@ class _SoftmaxGroup:
         return share.sum()
 
 
-def _scaled(errors: Tensor, foreground: Tensor, weights: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights times the factor of their class. The loss comes later."""
+def _scale(errors: Tensor, foreground: Tensor, weights: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply weights by the factor of their class. A later pass computes the loss."""
     return weights.mul_(factor), errors.new_zeros(())
 
 
@@ -310,45 +325,45 @@ def _scaled(errors: Tensor, foreground: Tensor, weights: Tensor, factor: Tensor)
 
 
 def rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor) -> Tensor:
-    """Weights of the candidates in rows, and 0 elsewhere.
+    """Compute the weights of the candidates in rows. All other weights are 0.
 
     Args:
-        errors: or margins, ``(R, N)``.
+        errors: errors or margins ``(R, N)``.
         foreground: bytes ``(R, N)``.
-        sizes: how many pixels of the foreground a row has, int64 ``(R,)``.
-        floors: of the rows ``(R,)``.
+        sizes: foreground size of each row, int64 ``(R,)``.
+        floors: floor of each row ``(R,)``.
     """
     candidates = errors >= floors.unsqueeze(1)
     lengths = candidates.sum(1)
     count = int(lengths.sum())
     if count > errors.numel() // 2:
-        # Gathering most of the errors would cost more than it spares.
+        # Gathering most of the errors would cost more than it saves.
         return weights_of_rows(errors, foreground, order_of_rows(errors)).mul_(candidates.view(torch.uint8))
     weights = torch.zeros_like(errors)
     if count > 0:
         places = candidates.flatten().nonzero().squeeze(1)
-        there = (tensor.flatten().index_select(0, places) for tensor in (errors, foreground))
-        ranked = weights_of_segments(*there, lengths, sizes, torch.zeros_like(sizes))
+        selected = (tensor.flatten().index_select(0, places) for tensor in (errors, foreground))
+        ranked = weights_of_segments(*selected, lengths, sizes, torch.zeros_like(sizes))
         weights.view(-1).index_copy_(0, places, ranked)
     return weights
 
 
 def rank_long_row(
-    errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, use: Use
+    errors: Tensor, labels: Tensor, label: int, size: Tensor, floor: Tensor, out: Tensor, apply_weights: ApplyWeights
 ) -> Tensor:
-    """Rank one long row in pieces, hand the weights to ``use``, and return the loss ``(1,)``.
+    """Rank one long row in pieces, and return its loss ``(1,)``.
 
     This is parallel sorting by regular sampling: runs of pixels are sorted, samples of them divide the range of the
     errors into parts of about the same size, and the runs are merged part by part.
 
     Args:
-        errors: or margins, of a row ``(N,)``.
+        errors: errors or margins of the row ``(N,)``.
         labels: ``(N,)``.
-        label: of the foreground.
-        size: of the foreground, int64.
-        floor: of the candidates.
-        out: receives what ``use`` keeps, and 0 elsewhere, ``(N,)``; may be the errors.
-        use: turns weights into what is kept.
+        label: label of the foreground.
+        size: foreground size, int64.
+        floor: floor of the row.
+        out: receives the values that ``apply_weights`` keeps, and 0 for other pixels, ``(N,)``. It may be ``errors``.
+        apply_weights: turns the weights into the values to keep.
     """
     step = size_of_pieces(len(errors))
     pieces = zip(range(0, len(errors), step), *(tensor.split(step) for tensor in (errors, labels, out)))
@@ -358,7 +373,7 @@ def rank_long_row(
     edges = samples[63::64].neg()
 
     def divide(run: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Where the parts of a run end, and how much foreground it has up to there."""
+        """Return where each part of a run ends, and the number of foreground pixels of the run up to there."""
         ends = torch.nn.functional.pad(torch.searchsorted(run[0].neg(), edges, right=True), (0, 1), value=len(run[0]))
         return ends, torch.nn.functional.pad((run[1] & 1).cumsum(0), (1, 0)).index_select(0, ends)
 
@@ -367,38 +382,43 @@ def rank_long_row(
     values, tagged = (zip(*(run.split(part) for run, part in zip(each, lengths))) for each in zip(*runs))
     before, passed = (torch.nn.functional.pad(each.sum(0)[:-1], (1, 0)) for each in (ends, passed))
     parts = zip(values, tagged, before, size + before - passed)
-    return torch.stack(in_pieces(lambda part: _merge(*part, out, use), parts)).sum(0, keepdim=True)
+    return torch.stack(in_pieces(lambda part: _merge(*part, out, apply_weights), parts)).sum(0, keepdim=True)
 
 
 def _sorted_run(
     start: int, errors: Tensor, labels: Tensor, out: Tensor, label: int, floor: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
-    """Candidates of a run in descending order, and twice their place in the row, plus 1 on the foreground."""
+    """Return the candidates of a run, largest first, and their tags: twice the index in the row, + 1 on foreground."""
     candidates = errors >= floor
     count = int(candidates.count_nonzero())
-    if count > len(errors) // 2:  # finding them would take longer than sorting all
+    if count > len(errors) // 2:  # selecting them would take longer than sorting all pixels
         places = descending_order(errors)[:count]
     else:
         places = candidates.nonzero().squeeze(1)
         places = places.index_select(0, descending_order(errors.index_select(0, places)))
     values, foreground = errors.index_select(0, places), labels.index_select(0, places) == label
-    out.zero_()  # not before, as it may be the errors
+    out.zero_()  # only now, because it may be the errors
     tagged = places.add_(start).to(torch.int32 if length < 1 << 30 else torch.int64)
     return values, tagged.mul_(2).add_(foreground)
 
 
 def _merge(
-    values: tuple[Tensor, ...], tagged: tuple[Tensor, ...], position: Tensor, union: Tensor, out: Tensor, use: Use
+    values: tuple[Tensor, ...],
+    tagged: tuple[Tensor, ...],
+    position: Tensor,
+    union: Tensor,
+    out: Tensor,
+    apply_weights: ApplyWeights,
 ) -> Tensor:
-    """Merge a part of all runs, hand its weights to ``use``, and return its loss.
+    """Merge one part of all runs, and return its loss.
 
     Args:
-        values: of each run, the candidates in the part.
-        tagged: their places and whether they are foreground, see :func:`_sorted_run`.
-        position: how many candidates come before the part.
-        union: the foreground size of the row, and the background before the part.
-        out: receives what ``use`` keeps, ``(N,)``.
-        use: turns weights into what is kept.
+        values: the candidates of each run in this part.
+        tagged: tags of these candidates, see :func:`_sorted_run`.
+        position: number of candidates before this part.
+        union: foreground size of the row plus the number of background candidates before this part.
+        out: receives the values that ``apply_weights`` keeps, ``(N,)``.
+        apply_weights: turns the weights into the values to keep.
     """
     errors, tags = torch.cat(values), torch.cat(tagged)
     order = descending_order(errors)
@@ -407,6 +427,6 @@ def _merge(
     background = 1 - foreground
     unions = background.cumsum(0, dtype=tags.dtype).add_(union)
     positions = torch.arange(len(errors), dtype=tags.dtype, device="cpu").add_(position)
-    kept, loss = use(errors, foreground, jaccard_weights(background, positions, unions, errors.dtype))
+    kept, loss = apply_weights(errors, foreground, jaccard_weights(background, positions, unions, errors.dtype))
     out.index_copy_(0, (tags >> 1).to(torch.int64), kept)
     return loss

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses on CUDA by fused kernels, exact or by bins: few passes over the logits, and no wait for the device.
+"""The losses on CUDA by fused kernels, exact or with bins: few passes over the logits, and no wait for the device.
 
-==================  =========================================================================================
-``num_bins=K``      the range of the errors, their counts, the weights of the bins, the loss; later the gradient
-exact               the errors written, sorted by PyTorch and ranked, the loss; later the gradient
-==================  =========================================================================================
+==================  =====================================================================================
+``num_bins=K``      find the range of the errors, count them in bins, compute the weights of the bins
+exact               write the errors, sort them with PyTorch, compute the weights of the pixels
+==================  =====================================================================================
 
-The gradient is computed in the backward pass, in the dtype of the logits, from the weights that the forward pass has
-kept: to hand it over and multiply it would take longer than to compute it. Logits of half precision and strided logits
-are read as they are.
+Another kernel then computes the loss, and in the backward pass the gradient, in the dtype of the logits, from the
+weights that the forward pass has kept. Storing the gradient in the forward pass and scaling it later would take longer.
+Half-precision logits and strided logits are read without a copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from ._lovasz_bins import NARROWEST, count_slots, layout
+from ._lovasz_bins import MIN_WIDTH, count_slots, layout
 from ._lovasz_group import check_agreement, range_of_all
 from ._lovasz_options import Options
 from ._tuning import tuning
@@ -29,13 +29,13 @@ from ._tuning import tuning
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# The logits of a tile, as many as a program with eight warps can hold in registers.
+# Number of logits in a tile: as many as a program with eight warps can hold in registers.
 _TILE = 1 << 12
-# A card has up to 148 multiprocessors, and each is busy with a few programs only.
+# Smaller tiles are used to reach this many programs, because a GPU has up to 148 multiprocessors that each run several.
 _MIN_PROGRAMS = 1 << 9
-# More classes than that would not fit into a tile.
+# More classes would not fit into a tile.
 _MAX_CLASSES = 1 << 11
-_INVERTED = 0x7FFFFFFF  # see _lovasz_kernels
+_FLIP = 0x7FFFFFFF  # as in _lovasz_kernels
 _LABELS = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.bfloat16, torch.float16, torch.float32, torch.float64),
@@ -43,16 +43,16 @@ _LABELS = (
 
 
 class Ranking(NamedTuple):
-    """What the forward pass keeps for the gradient."""
+    """Values that the forward pass keeps for the gradient."""
 
-    weights: Tensor  # of slots (rows, 2, slots) or of places (rows, length), float32
+    weights: Tensor  # of slots (rows, 2, slots) or of pixels (rows, length), float32
     totals: Tensor  # the foreground size of each row, int64
-    edges: Optional[Tensor] = None  # where the bins of each row begin, and how many there are in an error of 1
-    places: Optional[Tensor] = None  # where the largest error of the background of each row is, int32
+    edges: Optional[Tensor] = None  # lower end of the bins of each row, and number of bins per unit of error
+    places: Optional[Tensor] = None  # index of the largest background error of each row, int32
 
 
 def can_compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> bool:
-    """Whether the kernels are there for a device, and for these inputs. Where they are not, the dense form is."""
+    """Whether the kernels run on the device of ``pred`` and support these inputs. Otherwise, use the dense form."""
     batch, num_classes, pixels = len(target), pred.shape[1], target[:1].numel()
     rows, length = (batch * num_classes, pixels) if options.per_image else (num_classes, batch * pixels)
     slots = 0 if options.num_bins is None else count_slots(options.num_bins)
@@ -63,9 +63,9 @@ def can_compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options:
         and num_classes <= _MAX_CLASSES
         and 0 < length < 2**31 - 1
         and rows * length > 0
-        # The dense form counts many small images in several parts.
+        # The tables of many small images would take too much memory. The dense form counts such images in parts.
         and rows * 2 * slots <= 4 * rows * length + (1 << 24)
-        and are_kernels_there(pred.device)
+        and are_kernels_available(pred.device)
         and (pred.dtype != torch.bfloat16 or pred.device.type == "cpu" or _capability(pred.device) >= (8, 0))
     )
 
@@ -80,10 +80,10 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def are_kernels_there(device: torch.device) -> bool:
-    """Whether kernels run on a device; warn, once, if they could be expected to."""
+def are_kernels_available(device: torch.device) -> bool:
+    """Whether the kernels run on a device. Warn once if they should run there but cannot."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and device not in reasons:
-        return False  # a graph cannot hold the question: the steps that warm it up ask it
+        return False  # a CUDA graph cannot capture this check: the warm-up steps before the capture make it
     if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
         return False
     if device not in reasons:
@@ -94,21 +94,21 @@ def are_kernels_there(device: torch.device) -> bool:
     return reasons[device] is None
 
 
-# Of each device, why it has no kernels: None if it has.
+# For each device, the reason why the kernels do not run on it, or None if they do.
 reasons: dict[torch.device, Optional[str]] = {}
 
 
 def _why_not(device: torch.device) -> Optional[str]:
     if device.type == "cuda" and torch.version.hip is not None:
-        return "the kernels are compiled for NVIDIA cards only"
+        return "the kernels are compiled for NVIDIA GPUs only"
     if device.type == "cuda" and _capability(device) < (7, 5):
         return f"{torch.cuda.get_device_name(device)} has a compute capability below 7.5"
     try:
-        # What is missing, such as Triton or a C compiler, shows when the first kernel is launched.
+        # If something is missing, such as Triton or a C compiler, the first launch of a kernel fails.
         _edges([torch.zeros(1, dtype=torch.int64, device=device)] * 3, 1)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, the dense form works
+    except Exception as error:  # noqa: BLE001 - whatever fails, the dense form works
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -116,7 +116,7 @@ def _why_not(device: torch.device) -> Optional[str]:
 def loss_and_ranking(
     pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options
 ) -> tuple[Tensor, Ranking]:
-    """Reduced loss of logits ``(B, C, H, W)``, float32, and what :func:`gradient` needs."""
+    """Compute the reduced loss of logits ``(B, C, H, W)``, float32, and the ranking that :func:`gradient` needs."""
     tiles = _Tiles(pred, target, options)
     rank = _ranked_by_sorting if options.num_bins is None else _ranked_by_bins
     ranking = rank(tiles, options)
@@ -136,7 +136,7 @@ def gradient(
     grad_loss: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient ``(B, C, N)`` of the loss of a ranking, times that of the reduced loss."""
+    """Compute the gradient ``(B, C, N)`` from the ranking, times the gradient of the reduced loss."""
     tiles = _Tiles(pred, target, options)
     result = torch.empty_like(tiles.logits, dtype=dtype)
     _apply(tiles, weight, options, ranking, gradient=result, grad_loss=grad_loss)
@@ -144,11 +144,11 @@ def gradient(
 
 
 class _Tiles:
-    """Logits and labels, and how they are divided among programs."""
+    """Logits and labels, divided into one tile for each program."""
 
     def __init__(self, pred: Tensor, target: Tensor, options: Options) -> None:
         batch, pixels = len(target), target[0].numel()
-        # A kernel sees memory alone, not the sign that PyTorch keeps beside the imaginary part of a conjugate.
+        # A kernel reads memory only. It does not see the negative bit, which PyTorch sets on some views.
         self.logits = pred.resolve_neg().flatten(2).expand(batch, -1, -1)
         self.labels = (target.view(torch.uint8) if target.dtype == torch.bool else target).flatten(1)
         self.num_classes = self.logits.shape[1]
@@ -186,9 +186,9 @@ class _Tiles:
 
 
 def _size_of_tile(batch: int, num_classes: int, pixels: int) -> tuple[int, int]:
-    """Classes, all of them, and pixels of a tile, powers of 2.
+    """Return the numbers of classes and pixels of a tile, both powers of 2. A tile has all classes.
 
-    At least four neighbouring pixels are read together. Small batches have smaller tiles, for more programs.
+    At least four neighbouring pixels are read together. Small batches get smaller tiles, so that more programs run.
     """
     block_c = 1 << (num_classes - 1).bit_length()
     block_n = max(_TILE // block_c, 4 if block_c > 1024 else 8)
@@ -198,6 +198,7 @@ def _size_of_tile(batch: int, num_classes: int, pixels: int) -> tuple[int, int]:
 
 
 def launch(name: str, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
+    """Launch a kernel by its name. Triton is imported here because it may be missing."""
     from . import _lovasz_kernels
 
     with torch.cuda.device(device if device.type == "cuda" else -1):
@@ -205,38 +206,38 @@ def launch(name: str, programs: int, device: torch.device, *args: Any, **kwargs:
 
 
 def layout_of(num_bins: int) -> dict[str, int]:
-    """The layout of the bins as arguments of the kernels."""
+    """Return the layout of the bins as arguments of the kernels."""
     return dict(zip(("FIRST", "WITHIN", "LAST"), layout(num_bins)))
 
 
 def _edges(ends: Sequence[Tensor], num_bins: int) -> tuple[Tensor, Tensor]:
-    """Where the bins of each row begin and how many there are in an error of 1, and where the largest error is.
+    """Return the lower end of the bins of each row, the bins per unit of error, and the index of the largest error.
 
-    ``ends``, three tensors int64 ``(rows,)``, are the range of the errors as ``range_kernel`` writes it, and the
-    largest again where it is in this process.
+    ``ends`` are three int64 tensors ``(rows,)``: the range of the errors as ``range_kernel`` writes it, and once more
+    the largest error, or 0 in a row whose largest error another process owns.
     """
     rows, block, device = len(ends[0]), 128, ends[0].device
     edges = torch.empty((2, rows), dtype=torch.float32, device=device)
     places = torch.empty(rows, dtype=torch.int32, device=device)
-    shared = {"NARROWEST": NARROWEST, "BLOCK": block}
+    shared = {"MIN_WIDTH": MIN_WIDTH, "BLOCK": block}
     launch("edges_kernel", -(-rows // block), device, *ends, edges, places, rows, num_bins, **shared)
     return edges, places
 
 
 def _ends_of_all(ends: Tensor, options: Options, group: ProcessGroup) -> tuple[Tensor, ...]:
-    """The range of the errors ``(2, rows)`` over all processes, and the largest where it is in this one."""
-    smallest = (ends[0] ^ _INVERTED).to(torch.int32).view(torch.float32).unsqueeze(1)
+    """Return the smallest and largest errors over all processes, and the largest where this process owns it."""
+    smallest = (ends[0] ^ _FLIP).to(torch.int32).view(torch.float32).unsqueeze(1)
     largest = (ends[1] >> 32).to(torch.int32).view(torch.float32).unsqueeze(1)
     check_agreement(smallest, options)
     smallest, largest, is_owner = range_of_all(smallest, largest, group)
     first, last = (end.squeeze(1).view(torch.int32).long() for end in (smallest, largest))
-    return first ^ _INVERTED, last << 32, ends[1].where(is_owner, 0)
+    return first ^ _FLIP, last << 32, ends[1].where(is_owner, 0)
 
 
 def _ranked_by_bins(tiles: _Tiles, options: Options) -> Ranking:
     num_bins, group, device = options.num_bins or 1, options.process_group, tiles.logits.device
     rows, slots = tiles.rows, count_slots(num_bins)
-    # One piece of memory, so that one launch clears it. Counts of one process fit into 32 bits.
+    # A single allocation, so that one launch clears it. The counts of one process fit into 32 bits.
     scratch = torch.zeros(rows * (2 + slots * (1 if group is None else 2)), dtype=torch.int64, device=device)
     ends, counts = scratch[: 2 * rows].view(2, rows), scratch[2 * rows :]
     if group is None:
@@ -285,7 +286,7 @@ def _apply(
     gradient: Optional[Tensor] = None,
     grad_loss: Optional[Tensor] = None,
 ) -> None:
-    """Write the loss of each tile, or the gradient."""
+    """Write the loss of each tile to ``losses``, or the gradient to ``gradient``."""
     num_bins, weights = options.num_bins, ranking.weights
     classes, num_classes = options.classes or "all", tiles.num_classes
     is_list = not isinstance(classes, str)
@@ -306,7 +307,7 @@ def _apply(
         "divisor": options.divisor(len(tiles.labels)),
         "num_averaged": len(classes) if is_list else num_classes,
         "BINS": num_bins is not None,
-        # A kernel cannot take a list: the bits of a number say which classes are averaged.
+        # A kernel cannot take a list, so the bits of an integer mark the classes to average.
         "AVERAGED": sum(1 << c for c in classes) if is_list else classes,
         "NUM_CLASSES": num_classes if is_list else 1,
         "WEIGHTED": weight is not None,

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: PLR0913, PLR0917, RUF059 - a kernel has all it works on as arguments, and not each needs all of a tile
-"""Triton kernels of the Lovász losses: what ``_lovasz_cuda`` launches. Imported when it first needs them.
+# ruff: noqa: PLR0913, PLR0917, RUF059 - kernels take everything as arguments, and not all use every part of a tile
+"""Triton kernels of the Lovász losses. ``_lovasz_cuda`` imports this module when it launches the first kernel.
 
-A program handles a *tile*: all classes of some pixels of one image. Each kernel computes the errors of its tile anew
-from the logits, as reading logits is cheaper than writing errors and reading them again. A *row* is one class in one
-group, and the *place* of a pixel is its number in the group.
+Each program handles a *tile*: all classes of some pixels of one image. Every kernel recomputes the errors of its tile
+from the logits, because reading logits is cheaper than writing errors and reading them back. A *row* is one class in
+one group, and the *place* of a pixel is its index in the group.
 
-What programs share, they update by integer atomics only. Integers add up to the same sum in any order, so each run
-gives the same result. No program waits for another: what one pass collects, the next kernel reads.
+Programs update shared memory locations by integer atomics only. A sum of integers is the same in any order, so every
+run gives the same result. No program waits for another: each kernel reads what earlier kernels have written.
 """
 
 import triton
 import triton.language as tl
 
 # The largest finite float32.
-_MOST = tl.constexpr(3.4028234663852886e38)
-# All bits of a positive number. To invert them reverses the order of integers, and of floats, which have that of their
-# bits: a maximum becomes a minimum.
-_INVERTED = tl.constexpr(0x7FFFFFFF)
+_MAX_ERROR = tl.constexpr(3.4028234663852886e38)
+# XOR with this number flips all bits of a positive int32 except its sign. This reverses the order of such integers, and
+# of positive floats, which have the order of their bits. An atomic maximum then finds a minimum.
+_FLIP = tl.constexpr(0x7FFFFFFF)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,17 +27,17 @@ _INVERTED = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def _read_labels(labels, num_classes, ignore, LOSS: tl.constexpr, IGNORES: tl.constexpr):
-    """Class of each label, whether it is to be scored, and whether it is wrong: neither a class nor to be ignored."""
+    """Return the class of each label, whether it is not ignored, and whether it is wrong: not ignored and no class."""
     limit = num_classes if LOSS == "softmax" else 2
     if labels.dtype.is_floating():
-        # Old cards do not compare numbers of half precision.
+        # Old GPUs cannot compare half-precision numbers.
         values = labels if labels.dtype == tl.float64 else labels.to(tl.float32)
         known = (values == tl.floor(values)) & (values >= 0) & (values < limit)
     else:
-        # In int64: in a narrower dtype, an ignore_index out of its range would wrap around to a class.
+        # Use int64, because an ignore_index outside the range of a narrower dtype would wrap around to a class.
         values = labels.to(tl.int64)
         known = (values >= 0) & (values < limit)
-    valid = values != ignore if IGNORES else known | ~known  # all are, if none is to be ignored
+    valid = values != ignore if IGNORES else known | ~known  # all True if nothing is ignored
     return values.to(tl.int32), valid, valid & ~known
 
 
@@ -47,12 +47,12 @@ def _read_tile(
     LOSS: tl.constexpr, IGNORES: tl.constexpr, PER_IMAGE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Errors ``(BLOCK_C, BLOCK_N)`` of a tile and what belongs to them.
+    """Compute the errors ``(BLOCK_C, BLOCK_N)`` of a tile.
 
     Returns:
-        the image, the classes and the pixels of the tile; the row of each class and the place of each pixel; where
-        errors are scored, and the foreground among them; which pixels are valid and which have a wrong label; the
-        errors; what they are ranked by without bins; and what the gradient needs: probabilities, or signs.
+        the image, the classes and the pixels of the tile; the row of each class and the place of each pixel; masks of
+        the scored errors and of the foreground; masks of the valid pixels and of those with a wrong label; the errors;
+        the keys by which they are sorted (errors, or margins); and their slopes (probabilities, or signs).
     """
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -68,7 +68,7 @@ def _read_tile(
     is_class = (c < num_classes)[:, None]
     scored = is_class & valid[None, :]
     offsets = (c * pred_class)[:, None] + (n * pred_pixel)[None, :]
-    # Logits of ignored pixels may be anything, even nan. To load them does not wait for the labels.
+    # Logits of ignored pixels may be anything, even nan. They are loaded anyway, so that no load waits for the labels.
     logits = tl.load(pred + b * pred_image + offsets, mask=is_class & inside[None, :], other=0.0).to(tl.float32)
     logits = tl.where(scored, logits, 0.0)
     if LOSS == "softmax":
@@ -76,7 +76,7 @@ def _read_tile(
         exponentials = tl.exp(logits - tl.max(logits, 0)[None, :])
         slopes = exponentials / tl.sum(exponentials, 0)[None, :]
         foreground = scored & (c[:, None] == label[None, :])
-        # Not 1 - p, which would round to 0.
+        # The sum of the other probabilities, because 1 - p would round to 0.
         others = tl.sum(tl.where(foreground, 0.0, slopes), 0)
         errors = tl.where(foreground, others[None, :], slopes)
         ranked = errors
@@ -86,7 +86,7 @@ def _read_tile(
         ranked = slopes * logits
         if LOSS == "hinge":
             errors = 1.0 + ranked
-            errors = tl.where(errors < 0.0, 0.0, errors)  # not by maximum, which would lose nan
+            errors = tl.where(errors < 0.0, 0.0, errors)  # tl.maximum would lose nan
         else:
             errors = 1.0 / (1.0 + tl.exp(-ranked))
     return b, c, n, row, place, scored, foreground, valid, wrong, errors, ranked, slopes
@@ -94,7 +94,7 @@ def _read_tile(
 
 @triton.jit
 def _slots_of(errors, smallest, scale, FIRST: tl.constexpr, WITHIN: tl.constexpr, LAST: tl.constexpr):
-    """What :func:`._lovasz_bins._slots` computes, but that a GPU may take a subnormal position for 0."""
+    """Compute the slots of errors like :func:`._lovasz_bins.slots_at`. A GPU may flush subnormal positions to 0."""
     bits = ((errors - smallest) * scale).to(tl.int32, bitcast=True)
     bits = tl.minimum(tl.maximum(bits, 0), LAST)
     return tl.ceil(bits.to(tl.float32, bitcast=True)).to(tl.int32) + (tl.maximum(bits - FIRST, 0) >> WITHIN)
@@ -112,46 +112,46 @@ def range_kernel(
     LOSS: tl.constexpr, IGNORES: tl.constexpr, PER_IMAGE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Range of the errors of each row, into memory that holds zeros.
+    """Find the range of the errors of each row. The outputs must hold zeros.
 
-    ``smallest``, int64, becomes the inverted bits of the smallest error of the foreground, and stays 0 without any.
-    ``largest``, int64, becomes the bits of the largest error of the background and, below them, those of its place
-    inverted: of equal errors, the first counts.
+    ``smallest``, int64, receives the flipped bits of the smallest foreground error, and stays 0 without foreground.
+    ``largest``, int64, receives the bits of the largest background error in its upper half and its flipped place in its
+    lower half, so that the first of equal errors wins.
     """
     b, c, n, row, place, scored, foreground, valid, wrong, errors, ranked, slopes = _read_tile(
         pred, target, num_classes, pixels, tiles, pred_image, pred_class, pred_pixel, target_image, target_pixel,
         ignore, LOSS, IGNORES, PER_IMAGE, WIDE, BLOCK_C, BLOCK_N,
     )  # fmt: skip
-    bits = tl.minimum(errors, _MOST).to(tl.int32, bitcast=True)
-    below = tl.max(tl.where(foreground, bits ^ _INVERTED, 0), 1)
-    # One atomic operation for each class and tile. Most change nothing, so they may come in any order.
+    bits = tl.minimum(errors, _MAX_ERROR).to(tl.int32, bitcast=True)
+    below = tl.max(tl.where(foreground, bits ^ _FLIP, 0), 1)
+    # One atomic operation per class and tile. A maximum is the same in any order, so relaxed semantics suffice.
     tl.atomic_max(smallest + row, below.to(tl.int64), mask=(c < num_classes) & (below > 0), sem="relaxed")
     background = scored & ~foreground
     most = tl.max(tl.where(background, bits, -1), 1)
-    first = tl.min(tl.where(background & (bits == most[:, None]), place[None, :], _INVERTED), 1)
-    key = (most.to(tl.int64) << 32) + (first ^ _INVERTED)
+    first = tl.min(tl.where(background & (bits == most[:, None]), place[None, :], _FLIP), 1)
+    key = (most.to(tl.int64) << 32) + (first ^ _FLIP)
     tl.atomic_max(largest + row, key, mask=(c < num_classes) & (most >= 0), sem="relaxed")
 
 
 @triton.jit
 def edges_kernel(
-    smallest, largest, own_largest, edges, places, rows, num_bins, NARROWEST: tl.constexpr, BLOCK: tl.constexpr
+    smallest, largest, own_largest, edges, places, rows, num_bins, MIN_WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Where the bins of each row begin, and how many there are in an error of 1: float32 ``(2, rows)``.
+    """Compute the lower end of the bins of each row, and the bins per unit of error: ``edges``, float32 ``(2, rows)``.
 
-    And where the largest error of the background is, int32 ``(rows,)``: -1 if it is in no image of this process.
+    ``places``, int32 ``(rows,)``, receives the place of the largest background error, or -1 if another process owns it.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
-    low = (tl.load(smallest + row, mask=inside, other=0) ^ _INVERTED).to(tl.int32).to(tl.float32, bitcast=True)
+    low = (tl.load(smallest + row, mask=inside, other=0) ^ _FLIP).to(tl.int32).to(tl.float32, bitcast=True)
     high = (tl.load(largest + row, mask=inside, other=0) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    # Where there is no foreground, the bits are those of nan, and the largest number stands for it.
-    low, high = tl.minimum(low, _MOST) * (1 - 2.0**-20), tl.minimum(high * (1 + 2.0**-20), _MOST)
-    width = tl.maximum(high - low, NARROWEST)
+    # Without foreground, the flipped bits are nan, which the minimum replaces by the largest number.
+    low, high = tl.minimum(low, _MAX_ERROR) * (1 - 2.0**-20), tl.minimum(high * (1 + 2.0**-20), _MAX_ERROR)
+    width = tl.maximum(high - low, MIN_WIDTH)
     tl.store(edges + row, low, mask=inside)
     tl.store(edges + rows + row, tl.div_rn(num_bins + 0.5, width), mask=inside)
     own = tl.load(own_largest + row, mask=inside, other=0)
-    tl.store(places + row, tl.where(own > 0, (own & _INVERTED) ^ _INVERTED, -1).to(tl.int32), mask=inside)
+    tl.store(places + row, tl.where(own > 0, (own & _FLIP) ^ _FLIP, -1).to(tl.int32), mask=inside)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def count_kernel(
     LOSS: tl.constexpr, IGNORES: tl.constexpr, PER_IMAGE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the errors to ``counts`` ``(rows, 2, slots)``: background pixels, then foreground pixels in each slot."""
+    """Count the errors in ``counts`` ``(rows, 2, slots)``: background pixels in each slot, then foreground pixels."""
     b, c, n, row, place, scored, foreground, valid, wrong, errors, ranked, slopes = _read_tile(
         pred, target, num_classes, pixels, tiles, pred_image, pred_class, pred_pixel, target_image, target_pixel,
         ignore, LOSS, IGNORES, PER_IMAGE, WIDE, BLOCK_C, BLOCK_N,
@@ -171,17 +171,17 @@ def count_kernel(
     scale = tl.load(edges + rows + row, mask=c < num_classes, other=0.0)[:, None]
     slot = _slots_of(errors, low, scale, FIRST, WITHIN, LAST)
     at = (row * 2 * slots)[:, None] + tl.where(foreground, slot + slots, slot)
-    # The background in the first slot has the weight 0, and no other weight depends on how much there is. Once a
-    # network is right, most pixels are there: their additions would queue at one address.
+    # The background in the first slot has weight 0, and no other weight depends on its count. Once a network is right,
+    # this slot holds most pixels. It is not counted, so that atomics don't contend for one address.
     counted = foreground | (scored & (slot > 0))
     tl.atomic_add(counts + at, tl.full(at.shape, 1, counts.dtype.element_ty), mask=counted, sem="relaxed")
 
 
 @triton.jit
 def weights_kernel(counts, weights, totals, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """What :func:`._lovasz_bins._weights` computes, of one row: one program goes through its slots.
+    """Compute the weights of the slots of a row like :func:`._lovasz_bins.weights_of_slots`, one program per row.
 
-    The sums are running ones, from the slot of the largest errors down.
+    The program keeps running sums, from the slot of the largest errors down.
     """
     row = tl.program_id(0).to(tl.int64)
     backgrounds, foregrounds = row * 2 * SLOTS, row * 2 * SLOTS + SLOTS
@@ -195,7 +195,8 @@ def weights_kernel(counts, weights, totals, SLOTS: tl.constexpr, BLOCK: tl.const
         slot = SLOTS - 1 - start - tl.arange(0, BLOCK)
         background = tl.load(counts + backgrounds + slot, mask=slot >= 0, other=0).to(tl.int64)
         foreground = tl.load(counts + foregrounds + slot, mask=slot >= 0, other=0).to(tl.int64)
-        # The union before and after the background of the slot, and twice the mean of the foreground still to pass.
+        # The unions before and after the background of the slot is passed, and twice the mean of the foreground that is
+        # not passed before and after the slot.
         first = tl.maximum(total + above + tl.cumsum(background, 0) - background, 1)
         last = first + background
         missed = 2 * (total - passed - tl.cumsum(foreground, 0)) + foreground
@@ -209,7 +210,7 @@ def weights_kernel(counts, weights, totals, SLOTS: tl.constexpr, BLOCK: tl.const
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ranking by sorting: what is sorted, the background among it, the weights
+# Ranking by sorting: the sort keys, the background counts, the weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +221,7 @@ def keys_kernel(
     LOSS: tl.constexpr, IGNORES: tl.constexpr, PER_IMAGE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Errors, or margins that rank alike, of each row ``(rows, length)``; those of ignored pixels rank last."""
+    """Write the sort keys of each row ``(rows, length)``: errors or margins, and -inf for ignored pixels."""
     b, c, n, row, place, scored, foreground, valid, wrong, errors, ranked, slopes = _read_tile(
         pred, target, num_classes, pixels, tiles, pred_image, pred_class, pred_pixel, target_image, target_pixel,
         ignore, LOSS, IGNORES, PER_IMAGE, WIDE, BLOCK_C, BLOCK_N,
@@ -236,9 +237,9 @@ def backgrounds_kernel(
     target, num_classes, pixels, target_image, target_pixel, ignore,
     LOSS: tl.constexpr, IGNORES: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Which pixels of some rows are background, bytes ``(R, length)`` in the order given, and how many in each block.
+    """Mark the background in the sorted order of some rows, bytes ``(R, length)``, and count it in each block.
 
-    ``order`` holds the places of the rows from ``first_row`` on, int64 ``(R, length)``.
+    ``order`` holds the sorted places of the rows from ``first_row`` on, int64 ``(R, length)``.
     """
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
@@ -261,9 +262,9 @@ def backgrounds_kernel(
 def ranks_kernel(
     order, is_background, backgrounds, weights, totals, first_row, length, blocks, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """What :func:`._lovasz.jaccard_weights` computes, at the place of each pixel ``(rows, length)``.
+    """Compute the weights like :func:`._lovasz.jaccard_weights`, and write them to the places of the pixels.
 
-    ``backgrounds`` are those of each block and of the blocks before it in the row.
+    ``backgrounds`` holds the number of background pixels in each block and the blocks before it in the row.
     """
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
@@ -282,7 +283,7 @@ def ranks_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The weights applied
+# Applying the weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +292,7 @@ def _class_factors(
     c, row, num_classes, totals, class_weights, divisor, num_averaged,
     AVERAGED: tl.constexpr, NUM_CLASSES: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`._lovasz.class_factors` computes, of the classes of a tile.
+    """Compute the factors of the classes of a tile, like :func:`._lovasz.class_factors`.
 
     ``AVERAGED`` is "all", "present", or a number whose bits say which of ``NUM_CLASSES`` classes are averaged.
     """
@@ -323,9 +324,9 @@ def apply_kernel(
     LOSS: tl.constexpr, IGNORES: tl.constexpr, PER_IMAGE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The loss of each tile, or with ``GRADIENT`` its gradient times that of the loss of its group.
+    """Write the loss of each tile or, with ``GRADIENT``, its gradient times the gradient of the loss of its group.
 
-    With ``BINS``, the weights are those of slots ``(rows, 2, slots)``, otherwise of places ``(rows, length)``.
+    The weights are those of slots ``(rows, 2, slots)`` with ``BINS``, and otherwise those of places ``(rows, length)``.
     """
     b, c, n, row, place, scored, foreground, valid, wrong, errors, ranked, slopes = _read_tile(
         pred, target, num_classes, pixels, tiles, pred_image, pred_class, pred_pixel, target_image, target_pixel,
@@ -338,10 +339,10 @@ def apply_kernel(
         slot = _slots_of(errors, low, scale, FIRST, WITHIN, LAST)
         at = (row * 2 * slots)[:, None] + tl.where(foreground, slot + slots, slot)
         weight = tl.load(weights + at, mask=scored, other=0.0)
-        # Of an absent class, the largest error alone counts.
+        # In an absent class, only the largest error has a weight.
         total = tl.load(totals + row, mask=is_class, other=1)
-        alone = tl.where(total == 0, tl.load(places + row, mask=is_class, other=-1), -1)
-        weight = tl.where(scored & (alone[:, None] == place[None, :]), 1.0, weight)
+        largest = tl.where(total == 0, tl.load(places + row, mask=is_class, other=-1), -1)
+        weight = tl.where(scored & (largest[:, None] == place[None, :]), 1.0, weight)
     else:
         at = (row * length)[:, None] + place[None, :]
         weight = tl.load(weights + at, mask=scored, other=0.0)
@@ -350,21 +351,21 @@ def apply_kernel(
             c, row, num_classes, totals, class_weights, divisor, num_averaged, AVERAGED, NUM_CLASSES, WEIGHTED
         )
         weight = weight * factors[:, None]
-        # A foreground weight applies to the other probabilities of its pixel: see _lovasz_dense._softmax.
+        # The foreground weight of a pixel is applied to its other probabilities, see _lovasz_dense._softmax.
         lift = tl.sum(tl.where(foreground, weight, 0.0), 0)
         weight = tl.where(foreground | ~scored, 0.0, weight + lift[None, :])
         loss = tl.where(valid, tl.sum(slopes * weight, 0), 0.0)
         slope = slopes * (weight - loss[None, :])
     else:
         weight = weight * (1.0 / divisor)
-        # The product of no weight and an infinite error would be nan.
+        # A weight of 0 times an infinite error would be nan.
         share = tl.where((weight == 0.0) & (errors == float("inf")), 0.0, weight * errors)
         loss = tl.sum(tl.where(scored, share, 0.0), 0)
         if LOSS == "hinge":
             slope = tl.where(errors <= 0.0, 0.0, slopes * weight)
         else:
             slope = slopes * weight * errors * (1.0 - errors)
-    # To raise would wait for the device, so a wrong label shows in the loss.
+    # Raising an error would wait for the device, so a wrong label makes the result nan instead.
     nan = float("nan")
     if GRADIENT:
         factor = tl.load(grad_loss + b * grad_loss_image).to(tl.float32)

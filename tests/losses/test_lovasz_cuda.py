@@ -41,7 +41,7 @@ class TestWithoutKernels(BaseTester):
         "wrong", ["float64 logits", "float64 weight", "unsigned labels", "classes", "tables", "no pixel"]
     )
     def test_feature_leaves_to_the_dense_form(self, wrong, monkeypatch):
-        monkeypatch.setattr(_lovasz_cuda, "are_kernels_there", lambda device: True)
+        monkeypatch.setattr(_lovasz_cuda, "are_kernels_available", lambda device: True)
         pred, target, weight, bins = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long), None, 64
         assert _lovasz_cuda.can_compute(pred, target, weight, Options("softmax", num_bins=bins, classes="all"))
         if wrong == "float64 logits":
