@@ -5,12 +5,18 @@ from torch.nn.parallel import DistributedDataParallel
 from kornia.losses import LovaszSoftmaxLoss
 
 dist.init_process_group()
-torch.manual_seed(dist.get_rank())  # other images in each process
-device = f"cuda:{dist.get_rank()}" if torch.cuda.is_available() else "cpu"  # on one machine
+rank = dist.get_rank()
+torch.manual_seed(rank)  # other images in each process
+device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"  # on one machine
 network = DistributedDataParallel(torch.nn.Conv2d(3, 4, 3, padding=1).to(device))
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-# Once the processes have met: the loss of the batches of all of them.
-criterion = LovaszSoftmaxLoss(classes="present", per_image=False, num_bins=1024, process_group=dist.group.WORLD)
+# The process group must exist before the loss.
+criterion = LovaszSoftmaxLoss(
+    classes="present",
+    per_image=False,
+    num_bins=1024,
+    process_group=dist.group.WORLD,
+)
 
 for _ in range(2):
     images, labels = torch.rand(2, 3, 16, 16), torch.randint(0, 4, (2, 16, 16))
@@ -19,5 +25,5 @@ for _ in range(2):
     loss.backward()
     optimizer.step()
 # The same number in each process:
-print(f"process {dist.get_rank()}: loss {loss.item():.6f}")
+print(f"process {rank}: loss {loss.item():.6f}")
 dist.destroy_process_group()

@@ -1,8 +1,11 @@
 """Settings of the documentation: ``make docs``."""
 
+import re
 import sys
 import tomllib
 from pathlib import Path
+
+from docutils import nodes
 
 SOURCE = Path(__file__).parent
 ROOT = SOURCE.parents[1]
@@ -61,5 +64,25 @@ html_theme = "furo"
 html_title = f"Kornia with exact Lovász losses {release}"
 html_static_path = ["_static", "_generated/static"]
 html_css_files = ["style.css"]
+html_favicon = "_static/favicon.svg"
 html_math_renderer = "mathml"
 exclude_patterns = ["_generated", "verdict.rst"]
+
+
+def break_cells_well(_app, doctree):
+    """In tables, keep "(1.2 ± 0.3)", "(1 to 2)" and "0.1: 2" on one line, and let the names of tests break at "::"."""
+    for entry in doctree.findall(nodes.entry):
+        for text in list(entry.findall(nodes.Text)):
+            if not isinstance(text.parent, nodes.literal):
+                joined = re.sub(r" (?=[±/])|(?<=[±:]) (?=\d)|(?<=\d) (?=to \d)|(?<=\d to) (?=\d)", "\u00a0", text)
+                text.parent.replace(text, nodes.Text(joined))
+            elif "::" in text:
+                first, *rest = text.split("::")
+                pieces = [nodes.Text(first)]
+                for piece in rest:
+                    pieces += [nodes.raw("", "<wbr>", format="html"), nodes.Text(f"::{piece}")]
+                text.parent.replace(text, pieces)
+
+
+def setup(app):
+    app.connect("doctree-read", break_cells_well)

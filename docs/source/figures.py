@@ -39,7 +39,7 @@ def draw_extension(path: Path) -> None:
     steps = jaccard_steps(foreground)
     colours = [FOREGROUND if f else BACKGROUND for f in foreground]
 
-    figure, (area, bars) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (area, bars) = plt.subplots(2, 1, figsize=(6, 6.2), layout="constrained")
     bounds = [*errors, 0.0]
     for i in range(len(errors)):
         area.fill_between([bounds[i + 1], bounds[i]], steps[i + 1], color="#dfe7ee", lw=0)
@@ -63,7 +63,7 @@ def draw_passes(path: Path) -> None:
     by_bins = [("range", 1, 0), ("counts", 1, 0), ("loss", 1, 0), ("gradient", 1, 1)]
     # Places are 8 bytes, the marks of background 1.
     exact = [("keys", 1, 1), ("background", 2, 0.25), ("ranks", 2.25, 1), ("loss", 2, 0), ("gradient", 2, 1)]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(2, 1, figsize=(6, 5.4), layout="constrained", sharex=True)
     for axis, title, passes in zip(axes, ("by bins", "exact, beside the sort"), (by_bins, exact)):
         names = [name for name, _, _ in passes]
         reads, writes = [r for _, r, _ in passes], [w for _, _, w in passes]
@@ -71,8 +71,8 @@ def draw_passes(path: Path) -> None:
         axis.barh(names, writes, left=reads, color=BACKGROUND, label="written", height=0.6)
         axis.invert_yaxis()
         axis.set_title(f"{title}: {sum(reads) + sum(writes):g} in all", loc="left", fontsize=12)
-        axis.set_xlabel("multiples of the logits")
     axes[0].legend(frameon=False, loc="lower right")
+    axes[1].set_xlabel("multiples of the logits")
     figure.savefig(path)
     plt.close(figure)
 
