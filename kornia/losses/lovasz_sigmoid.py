@@ -13,7 +13,7 @@ from ._lovasz_options import LovaszModule, Options
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# The reference implementation: https://github.com/bermanmaxim/LovaszSoftmax
+# Reference implementation: https://github.com/bermanmaxim/LovaszSoftmax
 
 
 def lovasz_sigmoid_loss(
@@ -26,43 +26,57 @@ def lovasz_sigmoid_loss(
     num_bins: Optional[int] = None,
     process_group: Optional[ProcessGroup] = None,
 ) -> Tensor:
-    r"""Lovász sigmoid loss: trains the intersection over union (IoU) of one foreground class, by bounded errors.
+    r"""Compute the Lovász sigmoid loss, which trains one foreground class for a high intersection over union (IoU).
 
-    It is the Lovász extension of the Jaccard loss [1] at the errors :math:`e_i = 1 - p_i` on the foreground and
-    :math:`e_i = p_i` elsewhere, where :math:`p_i` is the sigmoid of the logit. That is
-    :func:`~kornia.losses.lovasz_softmax_loss` of the logits :math:`(0, z_i)` with ``classes=[1]``. Unlike an error of
-    :func:`~kornia.losses.lovasz_hinge_loss`, one here is at most 1, so the weight of a single wrong label is bounded.
+    Call ``lovasz_sigmoid_loss(logits, labels).backward()`` with logits :math:`(B, 1, H, W)` and labels
+    :math:`(B, H, W)`. Errors are at most 1, unlike those of :func:`~kornia.losses.lovasz_hinge_loss`, so the effect of
+    a single wrong label is bounded.
+
+    The Jaccard loss of a set of wrong pixels :math:`M`, given the foreground :math:`Y`, is
+
+    .. math::
+
+        \Delta_J(M) = 1 - \text{IoU} = \frac{|M|}{|Y \cup M|}
+
+    The Lovász sigmoid loss is the Lovász extension of :math:`\Delta_J` [1], evaluated at the errors
+    :math:`e_i = 1 - p_i` on the foreground and :math:`e_i = p_i` on the background, where :math:`p_i` is the sigmoid of
+    the logit :math:`z_i`:
+
+    .. math::
+
+        L = \int_0^1 \Delta_J(\{i : e_i > t\}) \, dt = \sum_i w_i e_i
+
+    It equals :func:`~kornia.losses.lovasz_softmax_loss` of the logits :math:`(0, z_i)` with ``classes=[1]``.
 
     Convention:
-        - ``pred`` holds logits, not probabilities, and ``target`` labels, 1 for the foreground and 0 for the
-          background. Pixels with the label -100 do not count.
-        - The loss tends to ``1 - IoU`` of the prediction ``pred > 0`` as the logits grow.
-        - Each image is scored by itself, and the loss is the mean over the batch.
+        - ``pred`` holds logits, not probabilities. ``target`` holds labels, 1 for the foreground and 0 for the
+          background. By default, pixels with the label -100 are ignored.
+        - As the logits grow in magnitude, the loss tends to ``1 - IoU`` of the prediction ``pred > 0``.
+        - By default, each image is scored on its own, and the loss is the mean over the batch.
 
     Args:
-        pred: logits :math:`(B, 1, H, W)`, not probabilities. float16 and bfloat16 are computed in float32, integers and
-            bool as float32.
+        pred: logits :math:`(B, 1, H, W)`, not probabilities, of any real dtype. The decision threshold is 0. All dtypes
+            but float64 are computed in float32.
         target: labels :math:`(B, H, W)`, 1 for the foreground and 0 for the background, of any integer,
             floating-point or bool dtype.
-        ignore_index: pixels with this label are excluded: they have no error, no gradient and are not counted.
-            None: nothing is ignored.
-        per_image: True: each image is one group, whose IoU is optimised on its own. False: the batch is one group.
-        reduction: over the groups: "mean", "sum", or "none" for one loss per group.
-        num_bins: None: the exact loss. An integer in [1, 65536]: errors are counted in bins instead of sorted. The loss
-            is never above the exact one, and below it by at most ``1 / num_bins``.
-        process_group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its
-            processes are scored as one. Needs ``per_image=False`` and ``num_bins``; more at
+        ignore_index: pixels with this label are excluded from the loss and receive no gradient. None ignores no pixel.
+        per_image: True makes each image a group with its own IoU. False makes the whole batch one group.
+        reduction: reduction over the groups: "mean", "sum", or "none" for one loss per group.
+        num_bins: None computes the exact loss by sorting the errors. An integer in [1, 65536] counts them in bins
+            instead. The loss is then never above the exact loss, and below it by at most ``1 / num_bins``.
+        process_group: None scores the batch of this process alone. With a ``torch.distributed`` process group, the
+            batches of its processes are scored as one batch. This requires ``per_image=False`` and ``num_bins``, see
             :func:`~kornia.losses.lovasz_hinge_loss`.
 
     Returns:
-        the loss, in the dtype of a floating-point ``pred`` and otherwise in float32. It is 0-d, or with reduction
-        "none" :math:`(B,)` when ``per_image`` and :math:`(1,)` when not. The loss of a group is in [0, 1]. It is 0
-        without a valid pixel; that of an empty batch is 0.
+        the loss, in the dtype of a floating-point ``pred`` and otherwise in float32. It is a scalar. With reduction
+        "none" it has the shape :math:`(B,)`, or :math:`(1,)` if ``per_image`` is False. The loss of a group is in
+        [0, 1]. A group without a valid pixel has loss 0, and so does an empty batch.
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
-        ValueError: if the batch or image sizes or the devices differ, an option is out of range, or a label on the CPU
-            is neither 0, 1 nor ``ignore_index``.
+        ValueError: if ``pred`` and ``target`` differ in batch size, image size or device, if an option is out of range,
+            or if a label on the CPU is neither 0, 1 nor ``ignore_index``.
         NotImplementedError: if ``reduction`` is unknown.
         RuntimeError: if another process of ``process_group`` is lost or does not answer in time.
 
@@ -73,7 +87,7 @@ def lovasz_sigmoid_loss(
         >>> import torch
         >>> pred = torch.tensor([[[[2.0, -0.5], [0.25, -3.0]]]], requires_grad=True)
         >>> target = torch.tensor([[[1, 1], [0, 0]]])
-        >>> loss = lovasz_sigmoid_loss(pred, target)  # errors 0.62, 0.56, 0.12; weights 1/2, 1/6, 1/3
+        >>> loss = lovasz_sigmoid_loss(pred, target)  # errors 0.62, 0.56 and 0.12, weights 1/2, 1/6 and 1/3
         >>> f"{loss:.4f}"
         '0.4447'
         >>> loss.backward()
@@ -86,22 +100,22 @@ def lovasz_sigmoid_loss(
 
 
 class LovaszSigmoidLoss(LovaszModule):
-    r"""Lovász sigmoid loss: trains the intersection over union (IoU) of one foreground class, by bounded errors.
+    r"""Lovász sigmoid loss, which trains one foreground class for a high intersection over union (IoU).
 
-    The module form of :func:`~kornia.losses.lovasz_sigmoid_loss`, which says what is computed and what each option
-    means.
+    This is the module form of :func:`~kornia.losses.lovasz_sigmoid_loss`, which documents the loss, its options and the
+    errors that it raises.
 
     Args:
         ignore_index: label of the pixels to ignore, or None.
-        per_image: whether each image is one group; otherwise the batch is.
-        reduction: over the groups: "mean", "sum" or "none".
-        num_bins: how many bins rank the errors, or None to sort them: the exact loss.
+        per_image: whether each image is a group; otherwise the whole batch is one group.
+        reduction: reduction over the groups: "mean", "sum" or "none".
+        num_bins: number of bins in which errors are counted, or None for the exact loss.
         process_group: process group whose batches are scored as one batch, or None.
 
     Shape:
         - pred: logits :math:`(B, 1, H, W)`.
         - target: labels :math:`(B, H, W)`, 0 and 1.
-        - output: 0-d; with reduction "none" :math:`(B,)`, or :math:`(1,)` for a batch-wide group.
+        - output: a scalar. With reduction "none": :math:`(B,)`, or :math:`(1,)` if ``per_image`` is False.
 
     Example:
         >>> import torch
@@ -125,5 +139,5 @@ class LovaszSigmoidLoss(LovaszModule):
         super().__init__(Options("sigmoid", ignore_index, per_image, reduction, num_bins, process_group))
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of logits ``pred`` and labels ``target``, reduced as chosen."""
+        """Compute the reduced loss of logits ``pred`` and labels ``target``."""
         return lovasz_sigmoid_loss(pred, target, **self.options)

@@ -16,7 +16,7 @@ from ._lovasz_options import LovaszModule, Options
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# The reference implementation: https://github.com/bermanmaxim/LovaszSoftmax
+# Reference implementation: https://github.com/bermanmaxim/LovaszSoftmax
 
 
 def _check_weight(weight: Tensor, pred: Tensor) -> None:
@@ -50,63 +50,68 @@ def lovasz_softmax_loss(
     num_bins: Optional[int] = None,
     process_group: Optional[ProcessGroup] = None,
 ) -> Tensor:
-    r"""Lovász-Softmax loss: a surrogate of the mean intersection over union (IoU) of several classes.
+    r"""Compute the Lovász-Softmax loss, which trains several classes for a high mean intersection over union (IoU).
 
-    The Jaccard loss of class :math:`c`, for a set of wrong pixels :math:`M` and the pixels :math:`Y_c` labelled
+    Call ``lovasz_softmax_loss(logits, labels).backward()`` with logits :math:`(B, C, H, W)` and labels
+    :math:`(B, H, W)`.
+
+    The Jaccard loss of class :math:`c` for a set of wrong pixels :math:`M`, given the pixels :math:`Y_c` labelled
     :math:`c`, is
 
     .. math::
 
         \Delta_{J_c}(M) = 1 - \text{IoU}_c = \frac{|M|}{|Y_c \cup M|}
 
-    and this loss is the mean over the classes of its Lovász extension [1] at the errors
-    :math:`e_i = 1 - p_i(c)` on :math:`Y_c` and :math:`e_i = p_i(c)` elsewhere, where :math:`p` is the softmax of the
-    logits:
+    The Lovász-Softmax loss is the mean over the classes of the Lovász extension of :math:`\Delta_{J_c}` [1], evaluated
+    at the errors :math:`e_i = 1 - p_i(c)` on :math:`Y_c` and :math:`e_i = p_i(c)` elsewhere, where :math:`p` is the
+    softmax of the logits:
 
     .. math::
 
         L = \frac{1}{C} \sum_c \int_0^1 \Delta_{J_c}(\{i : e_i > t\}) \, dt = \frac{1}{C} \sum_c \sum_i w_i e_i
 
-    The weights :math:`w_i` depend on the order of the errors only and are evaluated in closed form, so without
+    The weights :math:`w_i` depend only on the order of the errors. They are computed in closed form, so without
     ``num_bins`` the gradient is exact to rounding at any image size.
 
     Convention:
-        - ``pred`` holds logits, not probabilities, and ``target`` class indices. Pixels with the label -100 do not
-          count.
-        - The loss tends to the mean of ``1 - IoU`` over the classes as the logits grow. A class that neither occurs nor
-          is predicted has an IoU of 1.
-        - Each image is scored by itself, and the loss is the mean over the batch.
+        - ``pred`` holds logits, not probabilities. ``target`` holds class indices. By default, pixels with the label
+          -100 are ignored.
+        - As the logits grow in magnitude, the loss tends to the mean of ``1 - IoU`` over the classes. A class that
+          neither occurs nor is predicted has an IoU of 1.
+        - By default, each image is scored on its own, and the loss is the mean over the batch.
 
     Args:
-        pred: logits :math:`(B, C, H, W)`, :math:`C > 1`, not probabilities. float16 and bfloat16 are computed in
-            float32. A ``pred`` of one image is scored against every image of ``target``.
-        target: class labels :math:`(B, H, W)` in :math:`[0, C)`.
-        weight: factor of the term of each class :math:`(C,)`. The mean still divides by the number of classes
-            averaged, so a uniform weight of 2 doubles the loss. It receives a gradient if it requires one.
-        classes: the classes averaged. "all": an absent class enters with its largest probability. "present": only
-            the classes that occur among the valid pixels of the group. A sequence of int: exactly those.
-        ignore_index: pixels with this label are excluded: they have no error, no gradient and are not counted.
-            None: nothing is ignored.
-        per_image: True: each image is one group, whose IoU is optimised on its own. False: the batch is one group.
-        reduction: over the groups: "mean", "sum", or "none" for one loss per group.
-        num_bins: None: the exact loss. An integer in [1, 65536]: errors are counted in bins, at least that many where
-            the order matters, instead of sorted. The loss is never above the exact one, and below it by at most
-            ``1 / num_bins``; at 1024, loss and gradient usually agree to 1e-5 and 2e-3. An absent class stays exact.
-            Each run gives the same result.
-        process_group: None: the groups of this process. A ``torch.distributed`` process group: the batches of its
-            processes are scored as one batch, so each of them returns the loss of the global batch. The gradient is
-            scaled for averaging over the processes, as DistributedDataParallel does. Needs ``per_image=False`` and
-            ``num_bins``; each process of the group must call the loss, though its batch may be empty.
+        pred: logits :math:`(B, C, H, W)`, :math:`C > 1`, not probabilities, of any real dtype. All dtypes but float64
+            are computed in float32, or in the dtype of ``weight`` if that is wider. If ``pred`` has one image, it is
+            scored against every image of ``target``.
+        target: class labels :math:`(B, H, W)` in :math:`[0, C)`, of any integer, floating-point or bool dtype.
+        weight: factor of each class :math:`(C,)`. The mean still divides by the number of averaged classes, so a
+            weight of 2 for every class doubles the loss. It receives a gradient if it requires one.
+        classes: the classes to average. "all" averages every class; the loss of an absent class is its largest
+            probability. "present" averages the classes that occur among the valid pixels of the group. A sequence of
+            int averages exactly those classes.
+        ignore_index: pixels with this label are excluded from the loss and receive no gradient. None ignores no pixel.
+        per_image: True makes each image a group with its own IoU. False makes the whole batch one group.
+        reduction: reduction over the groups: "mean", "sum", or "none" for one loss per group.
+        num_bins: None computes the exact loss by sorting the errors. An integer in [1, 65536] counts them in bins
+            instead, at least this many where the order of errors matters. The loss is then never above the exact loss,
+            and below it by at most ``1 / num_bins``. With 1024 bins, the loss usually agrees to 1e-5 and the gradient
+            to 2e-3. Absent classes stay exact. Every run gives the same result.
+        process_group: None scores the batch of this process alone. With a ``torch.distributed`` process group, the
+            batches of its processes are scored as one batch, and each process returns the loss of the global batch. The
+            gradient is scaled for averaging over the processes, as DistributedDataParallel does. This requires
+            ``per_image=False`` and ``num_bins``. Each process of the group must call the loss; its batch may be empty.
 
     Returns:
-        the loss, in the dtype of ``pred`` promoted with that of ``weight``. It is 0-d, or with reduction "none"
-        :math:`(B,)` when ``per_image`` and :math:`(1,)` when not. Without ``weight``, the loss of a group is in
-        [0, 1]. A group without a valid pixel has loss 0, an empty batch too.
+        the loss, in the dtype of a floating-point ``pred`` and otherwise in float32, promoted with that of ``weight``.
+        It is a scalar. With reduction "none" it has the shape :math:`(B,)`, or :math:`(1,)` if ``per_image`` is False.
+        Without ``weight``, the loss of a group is in [0, 1]. A group without a valid pixel has loss 0, and so does an
+        empty batch.
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, C, H, W)` or ``target`` is not :math:`(B, H, W)`.
-        ValueError: if ``pred`` has one class, the batch or image sizes or the devices differ, or an option is out of
-            range, such as an index in ``classes`` that ``pred`` does not have.
+        ValueError: if ``pred`` has only one class, if ``pred`` and ``target`` differ in batch size, image size or
+            device, or if an option is out of range, such as an index in ``classes`` that ``pred`` does not have.
         NotImplementedError: if ``reduction`` is unknown.
         BaseError: if ``weight`` does not hold one value per class or is on another device.
         TypeCheckError: if ``weight`` is not a tensor.
@@ -141,25 +146,25 @@ def lovasz_softmax_loss(
 
 
 class LovaszSoftmaxLoss(LovaszModule):
-    r"""Lovász-Softmax loss: a surrogate of the mean intersection over union (IoU) of several classes.
+    r"""Lovász-Softmax loss, which trains several classes for a high mean intersection over union (IoU).
 
-    The module form of :func:`~kornia.losses.lovasz_softmax_loss`, which says what is computed, what each option means
-    and what is raised.
+    This is the module form of :func:`~kornia.losses.lovasz_softmax_loss`, which documents the loss, its options and the
+    errors that it raises.
 
     Args:
-        weight: factor of the term of each class :math:`(C,)`, also as a list or tuple, or None. A parameter is
-            registered as one; anything else becomes a buffer that moves with the module and is not saved with it.
-        classes: the classes averaged: "all", "present" or a sequence of class indices.
+        weight: factor of each class :math:`(C,)`, as a tensor, list or tuple, or None. A parameter is registered as a
+            parameter of the module. Anything else becomes a buffer that moves with the module but is not saved with it.
+        classes: the classes to average: "all", "present" or a sequence of class indices.
         ignore_index: label of the pixels to ignore, or None.
-        per_image: whether each image is one group; otherwise the batch is.
-        reduction: over the groups: "mean", "sum" or "none".
-        num_bins: how many bins rank the errors, or None to sort them: the exact loss.
+        per_image: whether each image is a group; otherwise the whole batch is one group.
+        reduction: reduction over the groups: "mean", "sum" or "none".
+        num_bins: number of bins in which errors are counted, or None for the exact loss.
         process_group: process group whose batches are scored as one batch, or None.
 
     Shape:
         - pred: logits :math:`(B, C, H, W)`, :math:`C > 1`.
         - target: class labels :math:`(B, H, W)` in :math:`[0, C)`.
-        - output: 0-d; with reduction "none" :math:`(B,)`, or :math:`(1,)` for a batch-wide group.
+        - output: a scalar. With reduction "none": :math:`(B,)`, or :math:`(1,)` if ``per_image`` is False.
 
     Example:
         >>> criterion = LovaszSoftmaxLoss(classes="present", ignore_index=255)
@@ -197,5 +202,5 @@ class LovaszSoftmaxLoss(LovaszModule):
         return f"{weight}{super().extra_repr()}"
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of logits ``pred`` and labels ``target``, reduced as chosen."""
+        """Compute the reduced loss of logits ``pred`` and labels ``target``."""
         return lovasz_softmax_loss(pred, target, self.weight, **self.options)
