@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The test options and fixtures of Kornia that the tests here use, under the same names."""
+"""The test options and fixtures of Kornia that these tests use, under the same names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if torch.backends.mps.is_available():
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
-# fixture, option, environment variable, default, what "all" stands for
+# Fixture, option, environment variable, default, and the values that "all" stands for.
 OPTIONS = [
     ("device_name", "--device", "KORNIA_TEST_DEVICE", "all", list(DEVICES)),
     ("dtype_name", "--dtype", "KORNIA_TEST_DTYPE", "all", list(DTYPES)),

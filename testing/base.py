@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of Kornia's test helpers that the tests here use, under the same names."""
+"""The test helpers of Kornia that these tests use, under the same names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# Relative and absolute tolerance of a result in each dtype: a few units of its rounding.
+# Relative and absolute tolerance of a result in each dtype: a few rounding errors.
 TOLERANCES = {
     torch.bfloat16: (8e-3, 8e-3),
     torch.float16: (1e-3, 1e-3),

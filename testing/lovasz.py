@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the Lovász losses share: inputs, the oracle, and the forms that compute a loss."""
+"""Helpers for the tests of the Lovász losses: inputs, an oracle, and fixtures that select the form of computation."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from kornia.losses._tuning import tuning
 from testing.base import BaseTester
 
 INF, NAN = float("inf"), float("nan")
-# Where Triton's interpreter runs the fused kernels on the CPU, every test is of them.
+# Where Triton's interpreter runs the fused kernels on the CPU, all tests use only them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORMS = ("fused",) if INTERPRETED else ("derived", "dense", "cpu", *["fused"] * torch.cuda.is_available())
-# Rounding of a result whose inputs are exact: the computation itself is at least float32.
+# Relative tolerance of a result with exact inputs: its rounding, as the computation itself is at least float32.
 RTOL = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-6, torch.float64: 1e-13}
-# Gradients of the softmax pass through differences of probabilities.
+# Absolute tolerance of gradients with errors of at most 1, which contain differences of probabilities.
 GRAD_ATOL = {torch.bfloat16: 1e-4, torch.float16: 1e-5, torch.float32: 1e-7, torch.float64: 1e-16}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One of the losses as a function of ``pred`` and ``target``, with what tells it from the other."""
+    """One of the losses, called with ``pred`` and ``target``, and the properties in which the losses differ."""
 
     name: str
     function: Callable[..., Tensor]
     module: type[torch.nn.Module]
     channels: int
-    wrong_label: str  # how an error names a label out of range
+    wrong_label: str  # part of the error message for a label out of range
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         return self.function(*args, **options)
@@ -86,17 +86,19 @@ each_loss_with_options = pytest.mark.parametrize(
 
 
 def make_inputs(loss, device, dtype, shape=(3, 5, 6), *, labels=None, ignored=None, scale=None, seed=0):
-    """Logits and labels. Of few pixels, the logits are exact in every dtype, and no two errors of one class are equal.
+    """Return random logits and labels.
+
+    Up to 128 pixels, the logits are exact in every dtype, and no two errors of a class are equal.
 
     Args:
-        loss: which one.
-        device: of both.
-        dtype: of the logits.
-        shape: of the labels.
-        labels: how many labels occur; of the classes of the softmax loss, the last does not by default.
+        loss: the loss to be tested.
+        device: device of both tensors.
+        dtype: dtype of the logits.
+        shape: shape of the labels.
+        labels: number of labels that occur. By default, the last class of the softmax loss does not occur.
         ignored: a label for the second line of the first image.
-        scale: of the logits.
-        seed: of what is drawn.
+        scale: scale of the logits.
+        seed: seed of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, height, width = shape
@@ -116,7 +118,7 @@ def make_inputs(loss, device, dtype, shape=(3, 5, 6), *, labels=None, ignored=No
 
 
 def widest_dtype(device) -> torch.dtype:
-    """float64, or float32 on a device without float64, such as MPS."""
+    """Return float64, or float32 on a device without float64, such as MPS."""
     try:
         return torch.empty(0, dtype=torch.float64, device=device).dtype
     except TypeError:
@@ -124,7 +126,7 @@ def widest_dtype(device) -> torch.dtype:
 
 
 def right_logits(loss, target, margin=1.0):
-    """Logits that have each label right by a margin, float32."""
+    """Return logits that predict each label correctly by a margin, float32."""
     if loss.channels == 1:
         return margin * (2.0 * target.unsqueeze(1).float() - 1.0)
     return margin * torch.nn.functional.one_hot(target, loss.channels).movedim(-1, 1).float()
@@ -138,12 +140,12 @@ def value_and_grad(function, pred, target, *args, **options):
 
 
 def jaccard_loss(missed: int, alarms: int, total: int) -> Fraction:
-    """1 - IoU of a prediction that misses some of ``total`` foreground pixels and raises false alarms."""
+    """Return 1 - IoU of a prediction with missed pixels and false alarms, for ``total`` foreground pixels."""
     return Fraction(missed + alarms, total + alarms) if total + alarms else Fraction(0)
 
 
 def extension(errors: Tensor, foreground: Tensor) -> Tensor:
-    """The Lovász extension by its definition: the wrong set grows by one pixel at a time, the largest error first."""
+    """Compute the Lovász extension by its definition: pixels join the wrong set one by one, largest error first."""
     counts, before, weights = [0, 0], Fraction(0), [0.0] * len(errors)
     is_foreground, total = foreground.tolist(), int(foreground.sum())
     for i in errors.argsort(descending=True, stable=True).tolist():
@@ -157,7 +159,7 @@ def extension(errors: Tensor, foreground: Tensor) -> Tensor:
 def oracle(
     loss, pred, target, weight=None, *, classes="all", ignore_index=-100, per_image=True, reduction="mean"
 ) -> Tensor:
-    """The loss with all its options from the definition, in float64 on the CPU and under autograd."""
+    """Compute the loss with all its options from the definition, in float64 on the CPU, differentiable by autograd."""
     pred, target = pred.cpu().double(), target.cpu()
     groups = list(zip(pred.flatten(2), target.flatten(1)))
     if not per_image:
@@ -187,7 +189,7 @@ def _oracle_of_group(loss, logits, labels, weight, classes):
 
 
 def quick_oracle(loss, pred, target, **options) -> Tensor:
-    """The same for many pixels, by differences of the Jaccard loss in float64; the order of equal errors may differ."""
+    """Do the same fast, by differences of the Jaccard loss in float64. The order of equal errors may differ."""
 
     def differences(errors, foreground):
         errors, order = errors.sort(descending=True, stable=True)
@@ -202,13 +204,13 @@ def quick_oracle(loss, pred, target, **options) -> Tensor:
 
 
 def force_form(monkeypatch, form: str, piece: int = 100) -> None:
-    """Have one form compute every loss that it can, a piece at a time.
+    """Let one form compute every loss that it supports, in small pieces.
 
     Args:
-        monkeypatch: what undoes it.
-        form: "derived" by autograd from the dense form, "dense", "cpu", or "fused" by kernels where there are any. Bins
-            have no form of the CPU. With "usual", nothing is changed.
-        piece: how many errors are handled at a time.
+        monkeypatch: fixture that restores the settings.
+        form: "derived" by autograd from the dense form, "dense", "cpu" (never with bins), or "fused" by kernels, if
+            available. "usual" changes nothing.
+        piece: number of errors that are processed at a time.
     """
     if form == "usual":
         return
@@ -230,14 +232,14 @@ def force_form(monkeypatch, form: str, piece: int = 100) -> None:
 class LovaszTester(BaseTester):
     @pytest.fixture(autouse=True, params=FORMS)
     def form(self, request, monkeypatch):
-        """Every test runs with each form, whatever the size of its inputs, and in small pieces."""
+        """Run every test with each form, for inputs of any size, and in small pieces."""
         torch.manual_seed(0)
         force_form(monkeypatch, request.param)
         return request.param
 
 
 def with_forms(*forms):
-    """Run a test with these forms only; what the dense form does, the fused form must do, too."""
+    """Run a test with these forms only. The fused form must pass every test of the dense form."""
     if "dense" in forms:
         forms = tuple(form for form in FORMS if form in (*forms, "fused"))
     return pytest.mark.parametrize("form", forms, indirect=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The intersection over union (IoU) of ``pred > threshold``, at given thresholds or at the best one.
 
-Both functions count the pixels once and look closely at a few of them. A *cell* is a range of logits: all that share
-the upper 16 bits of their float32 value, and cells are numbered in the order of their logits. The counts of all cells
-say how many pixels lie above a threshold, but for the pixels in the threshold's own cell: only those are compared.
+Both functions count the pixels once per *cell*, and compare or sort only a few of them. A cell is the range of logits
+whose float32 values share the upper 16 bits. Cells are numbered in the order of their logits. The counts of all cells
+give the number of pixels above a threshold, except for the pixels in the cell of the threshold, which are compared.
 They also bound the IoU that a threshold inside a cell can reach, so only cells that can hold the optimum are sorted.
 """
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 _NUM_CELLS = 1 << 16
 
 
-Pixels = tuple[Tensor, Tensor]  # logits, at least float32, and where the foreground is, both (N,)
+Pixels = tuple[Tensor, Tensor]  # logits, float32 or float64, and the foreground mask, both (N,)
 
 
 def _in_pieces(work: Callable[[Any], Any], *tensors: Tensor) -> list[Any]:
-    """Work on so many pixels at a time: on the CPU by threads, each piece by one."""
+    """Apply ``work`` to pieces of the tensors. On the CPU, threads share the pieces."""
     pieces = zip(*(tensor.split(tuning.metric_piece) for tensor in tensors))
     return in_pieces(work, pieces) if tensors[0].device.type == "cpu" else [work(piece) for piece in pieces]
 
 
 def _prepare(piece: tuple[Tensor, Tensor], ignore_index: Optional[int]) -> Pixels:
-    """Check labels, and return the valid of some pixels."""
+    """Check the labels of a piece, and return its valid pixels."""
     logits, foreground, valid = _with_mask(*piece, ignore_index)
     return (logits, foreground) if valid is None else (logits[valid], foreground[valid])
 
@@ -50,28 +50,28 @@ def _with_mask(logits: Tensor, labels: Tensor, ignore_index: Optional[int]) -> t
 
 
 def _quotient(intersection: Tensor, union: Tensor, dtype: torch.dtype) -> Tensor:
-    """IoU of these counts. Nothing predicted where there is nothing is right: 0 / 0 is 1."""
+    """Divide the intersection by the union. An empty prediction of an empty mask is right, so 0 / 0 is 1."""
     return torch.where(union == 0, 1.0, intersection.to(dtype) / union)
 
 
 def _iou(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """IoU at each threshold, from the counts of :func:`_count_above`."""
+    """Compute the IoU at each threshold from the counts of :func:`_count_above`."""
     pixels, nans, above = counts.split([1, 1, counts.shape[1] - 2], dim=1)
     iou = _quotient(above[1], pixels[1] + above[0], dtype)
     return iou.masked_fill(nans.any(), float("nan"))
 
 
 def _has_nan(logits: Tensor) -> bool:
-    # The maximum is nan if one logit is. Finding it takes a tenth of the time of isnan.
+    # The maximum is nan if any logit is, and takes a tenth of the time of isnan.
     return len(logits) > 0 and bool(logits.max().isnan())
 
 
 def _widest_optimum(iou: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the first and the last of the adjacent optima that reach the furthest, from ``upper`` to ``lower``."""
+    """Return the first and last index of the widest run of adjacent optima, which spans ``lower`` to ``upper``."""
     best = torch.nn.functional.pad(iou == iou.max(), (1, 1))
     first = (best[1:-1] & ~best[:-2]).nonzero().squeeze(1)
     last = (best[1:-1] & ~best[2:]).nonzero().squeeze(1)
-    widest = (upper[first] - lower[last]).nan_to_num(0.0).argmax()  # from inf to inf there is no way
+    widest = (upper[first] - lower[last]).nan_to_num(0.0).argmax()  # inf - inf has no width
     return first[widest], last[widest]
 
 
@@ -81,16 +81,17 @@ def _widest_optimum(iou: Tensor, upper: Tensor, lower: Tensor) -> tuple[Tensor, 
 
 
 def _cells(logits: Tensor) -> Tensor:
-    """Number of the cell of each logit, int32 in [0, 65536). A logit in a higher cell is greater."""
+    """Return the cell of each logit, int32 in [0, 65536). Cells are in the order of their logits."""
     bits = logits.to(torch.float32).view(torch.int32)
     sign = bits >> 31
-    # A negative number has the bits of its magnitude below the sign: negated, they order it, and -0 becomes 0.
+    # The bits of positive floats have the order of the floats. For negative ones, take minus the bits of the magnitude,
+    # which also makes -0 equal to 0.
     key = (sign & torch.iinfo(torch.int32).max).bitwise_xor_(bits).sub_(sign)
     return key.bitwise_right_shift_(16).add_(_NUM_CELLS // 2)
 
 
 def _count(numbers: Tensor, foreground: Tensor, size: int) -> Tensor:
-    """Count how often each number below ``size`` is on the background and on the foreground: int64 ``(2, size)``."""
+    """Count each number below ``size`` on the background and on the foreground, int64 ``(2, size)``."""
     return torch.add(numbers, foreground.to(numbers.dtype), alpha=size).bincount(minlength=2 * size).view(2, size)
 
 
@@ -99,18 +100,18 @@ def _suffix_sum(counts: Tensor) -> Tensor:
 
 
 def _count_above(pred: Tensor, target: Tensor, ignore_index: Optional[int], thresholds: Tensor) -> Tensor:
-    """Count background and foreground pixels: all, those whose logit is nan, and those above each threshold.
+    """Count background and foreground pixels: all, those with a nan logit, and those above each threshold.
 
     Returns:
-        int64 ``(2, 2 + T)``. The last ``T`` columns mean nothing if a logit is nan.
+        int64 ``(2, 2 + T)``. The last ``T`` columns are meaningless if a logit is nan.
     """
     pred, target = pred.detach().flatten(), target.detach().flatten()
-    # A threshold that the dtype of the logits cannot hold separates them where the next number below does.
+    # A threshold that the dtype of the logits cannot hold is rounded down. It then separates the same logits.
     thresholds = thresholds.detach()
     thresholds = thresholds if thresholds.is_floating_point() else thresholds.to(torch.float64)
     held = thresholds.to(torch.promote_types(pred.dtype, torch.float32))
     held = torch.where(held > thresholds, held.nextafter(torch.full_like(held, float("-inf"))), held)
-    held = held.masked_fill(held.isnan(), float("inf"))  # which sorts, and which nothing is above
+    held = held.masked_fill(held.isnan(), float("inf"))  # inf can be sorted, and no logit is above it
     if not (tuning.eager_forms and is_eager(pred) and is_eager(target)):
         logits, foreground, valid = _with_mask(pred, target, ignore_index)
         columns = torch.cat([torch.ones_like(foreground)[None], logits.isnan()[None], logits > held[:, None]])
@@ -129,7 +130,7 @@ def _count_above(pred: Tensor, target: Tensor, ignore_index: Optional[int], thre
 
     pixels, between, by_cell = (sum(each) for each in zip(*_in_pieces(count_piece, pred, target)))
     if by_cell.shape[1] > 0:
-        # Of the cells without a threshold, each lies between two thresholds as a whole.
+        # A cell without a threshold lies between two thresholds as a whole.
         cells = torch.arange(_NUM_CELLS, dtype=torch.int32, device=pred.device)
         by_cell.index_fill_(1, _cells(ascending).long(), 0)
         between.index_add_(1, torch.bucketize(cells, _cells(ascending)), by_cell)
@@ -143,34 +144,34 @@ def _count_between(logits: Tensor, foreground: Tensor, ascending: Tensor) -> tup
 
 
 def _count_by_cells(logits: Tensor, foreground: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
-    """Do the same, of the pixels in the cells of the thresholds alone, and count the pixels of each cell."""
+    """Do the same for the pixels in cells that hold a threshold, and count the pixels of every cell."""
     cells = _cells(logits)
-    own = torch.zeros(_NUM_CELLS, dtype=torch.bool, device=logits.device)
-    own[_cells(ascending).long()] = True
-    close = own.index_select(0, cells).nonzero().squeeze(1)
+    has_threshold = torch.zeros(_NUM_CELLS, dtype=torch.bool, device=logits.device)
+    has_threshold[_cells(ascending).long()] = True
+    close = has_threshold.index_select(0, cells).nonzero().squeeze(1)
     between, _ = _count_between(logits[close], foreground[close], ascending)
     return between, _count(cells, foreground, _NUM_CELLS)
 
 
 def _optimal_interval(pieces: list[Pixels]) -> tuple[float, float, Tensor]:
-    """Find the best thresholds: from ``lower``, included, to ``upper``, excluded; and their IoU, 0-d float64."""
+    """Return the best thresholds, from ``lower`` (included) to ``upper`` (excluded), and their IoU, 0-d float64."""
     total = torch.stack([foreground.count_nonzero() for _, foreground in pieces]).sum()
     skipped = None
     if sum(len(logits) for logits, _ in pieces) >= tuning.cells_from:
         pieces, skipped = _candidates(pieces)
-    # Few pixels are left, and threads that share each operation would wait for each other.
+    # Few pixels are left, so run single-threaded operations: sharing each among threads would cost more than it saves.
     search = partial(_optimal_of, total=total, skipped=skipped)
     return in_pieces(search, [pieces])[0] if pieces[0][0].device.type == "cpu" else search(pieces)
 
 
 def _optimal_of(pieces: list[Pixels], total: Tensor, skipped: Optional[Tensor]) -> tuple[float, float, Tensor]:
-    """Do the same with the foreground size of all pixels, and the counts of the cells that were skipped."""
+    """Do the same, given the foreground size of all pixels and the counts of the skipped cells."""
     logits, foreground = (torch.cat(each) for each in zip(*pieces))
     # No threshold is below -inf.
     logits, foreground = logits[logits > float("-inf")], foreground[logits > float("-inf")]
     descending, order = logits.sort(descending=True)
     foreground = foreground[order]
-    # Equal logits are predicted together: after the last of them.
+    # A threshold cannot separate equal logits, so only the last of them counts.
     last = torch.cat([descending[1:] != descending[:-1], torch.ones_like(foreground[:1])])
     levels = descending[last]
     above = torch.stack([~foreground, foreground]).cumsum(1)[:, last]
@@ -186,20 +187,21 @@ def _optimal_of(pieces: list[Pixels], total: Tensor, skipped: Optional[Tensor]) 
 
 
 def _candidates(pieces: list[Pixels]) -> tuple[list[Pixels], Tensor]:
-    """Find the pixels of the cells that can hold an end of an optimal interval, and count those of the other cells."""
+    """Return the pixels of cells that can hold an end of an optimal interval, and the counts of all other cells."""
     device = pieces[0][0].device
     each = in_pieces if device.type == "cpu" else map
     by_cell = torch.zeros(2, _NUM_CELLS, dtype=torch.int64, device=device)
     for counts in each(lambda piece: _count(_cells(piece[0]), piece[1], _NUM_CELLS), pieces):
         by_cell += counts
-    # A prediction of all pixels down to the bottom of a cell has the IoU ``reached``. One that ends inside it or at
-    # its top has at most ``possible``, that of all its foreground and nothing else of it. Both ends of an optimal
-    # interval are thus in candidates: the lowest logit that is predicted, and the highest that is not.
+    # A prediction of all pixels down to the bottom of a cell has the IoU ``reached``. A prediction that ends at the top
+    # of the cell or inside it has at most the IoU ``possible``, for all foreground of the cell and none of its
+    # background. Both ends of an optimal interval, the lowest predicted logit and the highest other one, are therefore
+    # in candidate cells.
     through = _suffix_sum(by_cell)
     total = through[1, 0]
     reached = _quotient(through[1], total + through[0], torch.float64)
     possible = _quotient(through[1], total + through[0] - by_cell[0], torch.float64)
-    lowest = int(_cells(pieces[0][0].new_full((1,), float("-inf"))))  # below which there is no threshold
+    lowest = int(_cells(pieces[0][0].new_full((1,), float("-inf"))))  # no threshold is below this cell
     candidate = possible >= reached[lowest + 1 :].max()
 
     def choose(piece: Pixels) -> Pixels:
@@ -210,7 +212,7 @@ def _candidates(pieces: list[Pixels]) -> tuple[list[Pixels], Tensor]:
 
 
 def _middle(lower: float, upper: float, dtype: torch.dtype) -> Tensor:
-    """Choose the threshold in ``lower <= threshold < upper``, two numbers of the dtype or infinite."""
+    """Choose a threshold with ``lower <= threshold < upper``. Both ends are numbers of the dtype or infinite."""
     if lower == float("-inf"):
         middle = 0.0 if upper > 0 else upper - 1.0
     elif upper == float("inf"):
@@ -218,7 +220,7 @@ def _middle(lower: float, upper: float, dtype: torch.dtype) -> Tensor:
     else:
         middle = lower / 2 + upper / 2
     threshold = torch.tensor(middle, dtype=dtype, device="cpu")
-    # Between two numbers of the dtype that are next to each other there is none.
+    # Two neighbouring numbers of the dtype have no number between them.
     return threshold if threshold.item() < upper else torch.tensor(lower, dtype=dtype, device="cpu")
 
 
@@ -232,33 +234,42 @@ def iou_at_thresholds(
 ) -> Tensor:
     r"""Compute the intersection over union (IoU) of the prediction ``pred > t`` for every threshold ``t``.
 
-    With the foreground :math:`Y` and the pixels of the batch taken together,
+    Use it to see how the IoU of one foreground class depends on the threshold:
+    ``iou_at_thresholds(logits, labels, torch.linspace(-2, 2, 41))``.
+
+    All pixels of the batch are scored together. With their foreground :math:`Y` and logits :math:`z_i`,
 
     .. math::
 
         \text{IoU}(t) = \frac{|\{i : z_i > t\} \cap Y|}{|\{i : z_i > t\} \cup Y|}
 
-    All thresholds are served by one pass over the pixels, whose cost hardly depends on their number. Counts are
-    integers and comparisons exact, so the result is that of a loop over the thresholds, at any number of pixels.
+    One pass over the pixels serves all thresholds, and its cost hardly depends on their number. Counts are integers and
+    comparisons are exact, so the result equals that of a loop over the thresholds for any number of pixels.
+
+    Convention:
+        - ``pred`` holds logits, not probabilities, and so does ``thresholds``. ``target`` holds labels, 1 for the
+          foreground and 0 for the background. By default, pixels with the label -100 are ignored.
+        - A pixel is predicted as foreground if its logit is greater than the threshold, not if it is equal.
+        - The whole batch has one IoU per threshold. Images are not averaged.
 
     Args:
-        pred: logits :math:`(B, 1, H, W)`. Half precisions are compared in float32, integers and bool as float32.
+        pred: logits :math:`(B, 1, H, W)`, of any real dtype. All dtypes but float64 are compared in float32.
         target: labels :math:`(B, H, W)`, 1 for the foreground and 0 for the background, of any integer,
             floating-point or bool dtype.
-        thresholds: thresholds :math:`(T,)` in logits, in any order, of any real dtype; they may repeat and be infinite.
-            A probability :math:`p` is the logit :math:`\log(p / (1 - p))`, ``torch.logit(p)``.
-        ignore_index: pixels with this label are excluded. None: nothing is ignored.
+        thresholds: thresholds :math:`(T,)` in logits, in any order, of any real dtype. They may repeat and be infinite.
+            The logit of a probability :math:`p` is :math:`\log(p / (1 - p))`, or ``torch.logit(p)``.
+        ignore_index: pixels with this label are excluded. None ignores no pixel.
 
     Returns:
-        the IoU at each threshold :math:`(T,)` in [0, 1], float64 if ``pred`` is, otherwise float32; without a gradient.
-        Where the union is empty, as for an empty mask of which nothing is predicted, the IoU is 1. A nan logit of a
-        valid pixel makes every IoU nan, a nan threshold its own.
+        the IoU at each threshold :math:`(T,)`, in [0, 1] and without a gradient. It is float64 if ``pred`` is float64,
+        and otherwise float32. If the union is empty, as for an empty prediction of an empty mask, the IoU is 1. If the
+        logit of a valid pixel is nan, every IoU is nan. The IoU at a nan threshold is nan.
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)`, ``target`` not :math:`(B, H, W)` or ``thresholds`` not
             :math:`(T,)`.
-        ValueError: if the batch or image sizes or the devices differ, or a label on the CPU is neither 0, 1 nor
-            ``ignore_index``.
+        ValueError: if ``pred`` and ``target`` differ in batch size, image size or device, or if a label on the CPU is
+            neither 0, 1 nor ``ignore_index``.
         TypeCheckError: if ``thresholds`` is not a tensor.
 
     Example:
@@ -281,29 +292,38 @@ def iou_at_thresholds(
 def best_iou_threshold(pred: Tensor, target: Tensor, *, ignore_index: Optional[int] = -100) -> tuple[Tensor, Tensor]:
     r"""Find the threshold whose prediction ``pred > threshold`` has the largest intersection over union (IoU).
 
-    The optimum is exact and over all numbers, not over a grid. The pixels of the batch are taken together.
+    Use it to replace the threshold 0 of a trained network: ``threshold, iou = best_iou_threshold(logits, labels)``.
 
-    The best thresholds are an interval from one logit to another, and its middle is returned. If several intervals
-    are equally good, it is the widest. One that has no end, as when everything is foreground, has no middle: the
-    threshold is then 0 if that is in it, otherwise the point 1 beyond the end that it has (-inf if that end is so large
-    that its dtype has no such point).
+    The optimum is exact: the search is over all thresholds, not over a grid. All pixels of the batch are scored
+    together.
+
+    The best thresholds form an interval between two logits, and its middle is returned. If several intervals are
+    equally good, the widest is used. An interval that is unbounded on one side has no middle, for example if every
+    pixel is foreground. The threshold is then 0 if the interval contains 0, and otherwise lies 1 beyond the bounded end
+    (-inf if that end is so large that its dtype has no such number).
+
+    Convention:
+        - ``pred`` holds logits, not probabilities. ``target`` holds labels, 1 for the foreground and 0 for the
+          background. By default, pixels with the label -100 are ignored.
+        - The threshold is in logits. Pixels with ``pred > threshold`` are predicted as foreground.
+        - The whole batch has one IoU. Images are not averaged.
 
     Args:
-        pred: logits :math:`(B, 1, H, W)`. Integers and bool are taken as float32.
+        pred: logits :math:`(B, 1, H, W)`, of any real dtype. Integers and bool are converted to float32.
         target: labels :math:`(B, H, W)`, 1 for the foreground and 0 for the background, of any integer,
             floating-point or bool dtype.
-        ignore_index: pixels with this label are excluded. None: nothing is ignored.
+        ignore_index: pixels with this label are excluded. None ignores no pixel.
 
     Returns:
-        the threshold and its IoU, both 0-d. The threshold is in logits, in the dtype of a floating-point ``pred`` and
-        otherwise in float32, so that ``pred > threshold`` has this very IoU. The IoU is in [0, 1], float64 if ``pred``
-        is, otherwise float32. If there is no foreground, the best prediction is empty and its IoU is 1; without any
-        valid pixel the threshold is 0 and the IoU 1. If a logit of a valid pixel is nan, both are nan.
+        the threshold and its IoU, both scalars. The threshold has the dtype of a floating-point ``pred``, and otherwise
+        float32, so ``pred > threshold`` has exactly this IoU. The IoU is in [0, 1]. It is float64 if ``pred`` is
+        float64, and otherwise float32. Without foreground, the best prediction is empty and its IoU is 1. Without a
+        valid pixel, the threshold is 0 and the IoU is 1. If the logit of a valid pixel is nan, both are nan.
 
     Raises:
         ShapeError: if ``pred`` is not :math:`(B, 1, H, W)` or ``target`` is not :math:`(B, H, W)`.
-        ValueError: if the batch or image sizes or the devices differ, or a label on the CPU is neither 0, 1 nor
-            ``ignore_index``.
+        ValueError: if ``pred`` and ``target`` differ in batch size, image size or device, or if a label on the CPU is
+            neither 0, 1 nor ``ignore_index``.
 
     Example:
         >>> pred = torch.tensor([[[[2.0, -0.5], [0.25, -3.0]]]])
@@ -326,24 +346,32 @@ def best_iou_threshold(pred: Tensor, target: Tensor, *, ignore_index: Optional[i
 class IoUThresholdSearch:
     r"""Search a grid of thresholds for the largest intersection over union (IoU) of a data set.
 
-    What :func:`~kornia.metrics.iou_at_thresholds` computes, of all pixels that ``update`` was called with, batch
-    after batch: of a validation set that is larger than the memory, by any number of processes. Only counts are kept.
+    Call ``search.update(logits, labels)`` for each batch of a validation set, then
+    ``threshold, iou = search.compute()``.
+
+    The result is that of :func:`~kornia.metrics.iou_at_thresholds` for all pixels of all batches together. Only counts
+    are kept, so the data set may be larger than the memory, and several processes may share it.
+
+    Convention:
+        - ``update`` takes logits, not probabilities, and labels, 1 for the foreground and 0 for the background. By
+          default, pixels with the label -100 are ignored.
+        - Thresholds are in logits. Pixels with ``pred > threshold`` are predicted as foreground.
+        - The whole data set has one IoU per threshold. Batches and images are not averaged.
 
     Args:
-        thresholds: thresholds :math:`(T,)` in logits, in any order, of a floating-point dtype. None: the 31
+        thresholds: thresholds :math:`(T,)` in logits, in any order, of a floating-point dtype. None uses the 31
             probabilities 0.3, 0.313, ..., 0.7, as logits in float32.
         ignore_index: label of the pixels to exclude, or None.
 
     Attributes:
         thresholds: the thresholds :math:`(T,)`.
-        counts: what has been counted, int64 :math:`(2, 2 + T)`: pixels of the background and of the foreground, first
-            all, then those whose logit is nan, then those above each threshold. The counts of two searches over the
-            same thresholds add up. They are on the device of the latest batch, and before the first on that of
-            ``thresholds``.
+        counts: numbers of background and foreground pixels so far, int64 :math:`(2, 2 + T)`: all pixels, those with a
+            nan logit, and those above each threshold. The counts of searches over the same thresholds can be added.
+            They are on the device of the latest batch, or on that of ``thresholds`` before the first batch.
 
     Raises:
         ShapeError: if ``thresholds`` is not :math:`(T,)`.
-        ValueError: if there is no threshold, one is nan, they are not floating-point numbers, or ``ignore_index`` is
+        ValueError: if ``thresholds`` is empty, holds nan or has no floating-point dtype, or if ``ignore_index`` is
             neither None nor a 64-bit integer.
         TypeCheckError: if ``thresholds`` is neither a tensor nor None.
 
@@ -394,7 +422,8 @@ class IoUThresholdSearch:
             target: labels :math:`(B, H, W)`, 0 and 1.
 
         Raises:
-            ShapeError, ValueError: as :func:`~kornia.metrics.iou_at_thresholds` does. The batch is then not counted.
+            ShapeError, ValueError: for the same reasons as :func:`~kornia.metrics.iou_at_thresholds`. The batch is then
+                not counted.
         """
         check_pair(pred, target, "1")
         counts = _count_above(pred, target, self.ignore_index, self.thresholds.to(pred.device))
@@ -404,12 +433,12 @@ class IoUThresholdSearch:
         """Compute the IoU at each threshold.
 
         Args:
-            process_group: processes whose counts are added up; all of them must call this, with the same thresholds.
-                ``torch.distributed.group.WORLD`` is all processes. None: the counts of this process.
+            process_group: processes whose counts are added. Each of them must call this method with the same
+                thresholds. ``torch.distributed.group.WORLD`` is all processes. None uses the counts of this process.
 
         Returns:
-            the IoU of ``pred > threshold`` at each of ``thresholds`` :math:`(T,)`, in their dtype, at least float32. It
-            is 1 where the union is empty. All are nan if a logit was.
+            the IoU of ``pred > threshold`` at each of ``thresholds`` :math:`(T,)`, in their dtype, but at least
+            float32. It is 1 where the union is empty. If a counted logit was nan, every IoU is nan.
 
         Raises:
             RuntimeError: if no valid pixel has been counted.
@@ -419,17 +448,17 @@ class IoUThresholdSearch:
     def compute(self, process_group: Optional[ProcessGroup] = None) -> tuple[Tensor, Tensor]:
         """Find the best of the thresholds.
 
-        Of several that are equally good it is the middle one: of the widest range of neighbours, and of two in the
-        middle the larger. If they reach the smallest or the largest of the thresholds, a warning says so, as a better
-        one may lie beyond.
+        If several are equally good, take the widest range of neighbours among them, and return the middle one (the
+        larger of two). If this range reaches the smallest or the largest threshold, a better one may lie beyond it, and
+        a warning says so.
 
         Args:
-            process_group: processes whose counts are added up, as for ``iou_at_thresholds``. None: the counts of this
+            process_group: processes whose counts are added, as for ``iou_at_thresholds``. None uses the counts of this
                 process.
 
         Returns:
-            the threshold, in logits, and its IoU, both 0-d. Both are nan if a logit was. Apply it as
-            ``pred > threshold.view(1)``: PyTorch would round a 0-d threshold to the dtype of ``pred``.
+            the threshold, in logits, and its IoU, both scalars. If a counted logit was nan, both are nan. Apply the
+            threshold as ``pred > threshold.view(1)``, because PyTorch would round a scalar to the dtype of ``pred``.
 
         Raises:
             RuntimeError: if no valid pixel has been counted.
@@ -446,7 +475,7 @@ class IoUThresholdSearch:
             if 1 < len(iou) and best < 1 and (first == 0 or last == len(iou) - 1):
                 end = "largest" if first == 0 else "smallest"
                 warnings.warn(
-                    f"the best IoU is at the {end} of the thresholds, and there may be a better one beyond it: search "
+                    f"the best IoU is at the {end} of the thresholds, and a threshold beyond it may be better: search "
                     "a wider grid, such as IoUThresholdSearch(torch.linspace(0.01, 0.99, 99).logit())",
                     stacklevel=2,
                 )
