@@ -28,7 +28,7 @@ from ._tuning import tuning
 
 
 def size_of_pieces(errors: int) -> int:
-    """Return how many errors make a piece: few enough for small temporaries and for work for all threads."""
+    """Return the number of errors in a piece: few enough for small temporaries, and for every thread to get work."""
     return max(tuning.piece, -(-errors // (4 * torch.get_num_threads())))
 
 
@@ -120,10 +120,8 @@ def _measure_margins(
         the hinge loss, the smallest margin whose error is positive) and the largest margin.
     """
     foreground, valid = binary_labels(labels, options.ignore_index)
-    is_hinge, foreground = (
-        options.loss == "hinge",
-        foreground.view(torch.uint8),
-    )  # bytes are several times as fast in arithmetic
+    # Arithmetic with bytes is several times as fast as with bool.
+    is_hinge, foreground = options.loss == "hinge", foreground.view(torch.uint8)
     torch.mul(_signs(foreground, margins), logits, out=margins)
     least = torch.nextafter(margins.new_tensor(-1.0), margins.new_tensor(0.0)).expand(len(margins))
     smallest = least if is_hinge else margins.masked_fill(foreground == 0, float("inf")).amin(1)
@@ -221,7 +219,7 @@ class _SoftmaxGroup:
         label_dtype = torch.uint8 if num_classes < 256 else torch.int32
         self.labels = torch.empty((batch, count), dtype=label_dtype, device="cpu")  # ignored: num_classes
         self.labelled = torch.empty((batch, count), dtype=gradient.dtype, device="cpu")  # probabilities of the labels
-        self.share = torch.zeros_like(self.labelled)  # parts of the pixels in the loss
+        self.share = torch.zeros_like(self.labelled)  # part of each pixel in the loss
         # The largest error in each line of pixels. The length of a line divides the number of pixels.
         self.line = next(line for line in range(256, 0, -1) if count % line == 0)
         self.largest = torch.empty((batch, num_classes, count // self.line), dtype=gradient.dtype, device="cpu")
@@ -255,7 +253,7 @@ class _SoftmaxGroup:
         return marked.bincount(minlength=num_classes + 1)[:-1], smallest[:-1]
 
     def rank(self, classes: Tensor, sizes: Tensor, smallest: Tensor, factors: Tensor) -> None:
-        """Turn the errors of some classes into weights, times the factors of the classes."""
+        """Turn the errors of some classes into weights, already multiplied by the factors of the classes."""
         self.classes = classes
         self.weights = torch.empty((len(self.classes), *self.labels.shape), dtype=factors.dtype, device="cpu")
         # An error of 0 adds nothing to the loss or the gradient, whatever its weight.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Number of logits in a tile: as many as a program with eight warps can hold in registers.
 _TILE = 1 << 12
-# Smaller tiles are used to reach this many programs, because a GPU has up to 148 multiprocessors that each run several.
+# Tiles are made smaller to reach this many programs: a GPU has up to 148 multiprocessors, and each runs several.
 _MIN_PROGRAMS = 1 << 9
 # More classes would not fit into a tile.
 _MAX_CLASSES = 1 << 11
@@ -48,7 +48,7 @@ class Ranking(NamedTuple):
     weights: Tensor  # of slots (rows, 2, slots) or of pixels (rows, length), float32
     totals: Tensor  # the foreground size of each row, int64
     edges: Optional[Tensor] = None  # lower end of the bins of each row, and number of bins per unit of error
-    places: Optional[Tensor] = None  # index of the largest background error of each row, int32
+    places: Optional[Tensor] = None  # place of the largest background error of each row, int32
 
 
 def can_compute(pred: Tensor, target: Tensor, weight: Optional[Tensor], options: Options) -> bool:
@@ -83,7 +83,7 @@ def is_interpreted() -> bool:
 def are_kernels_available(device: torch.device) -> bool:
     """Whether the kernels run on a device. Warn once if they should run there but cannot."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and device not in reasons:
-        return False  # a CUDA graph cannot capture this check: the warm-up steps before the capture make it
+        return False  # this check cannot be captured, so the warm-up before the capture has to run it
     if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
         return False
     if device not in reasons:
@@ -211,7 +211,7 @@ def layout_of(num_bins: int) -> dict[str, int]:
 
 
 def _edges(ends: Sequence[Tensor], num_bins: int) -> tuple[Tensor, Tensor]:
-    """Return the lower end of the bins of each row, the bins per unit of error, and the index of the largest error.
+    """Return for each row the lower end of the bins and the bins per unit of error, and the place of the largest error.
 
     ``ends`` are three int64 tensors ``(rows,)``: the range of the errors as ``range_kernel`` writes it, and once more
     the largest error, or 0 in a row whose largest error another process owns.
