@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which inputs the fused kernels take, and what happens where they cannot run. This needs no Triton."""
+"""Which inputs the fused kernels can compute, and what happens if they cannot run. These tests need no Triton."""
 
 import warnings
 
@@ -15,15 +15,15 @@ from testing.lovasz import SOFTMAX, make_inputs, value_and_grad
 
 
 class TestWithoutKernels(BaseTester):
-    """Where something is missing, one warning says so, and the loss is what it is without kernels."""
+    """If the kernels cannot run, the loss warns once, and gives the same result without them."""
 
     @pytest.fixture(autouse=True)
-    def asked_for(self, monkeypatch):
+    def enabled(self, monkeypatch):
         monkeypatch.setattr(tuning, "kernels", True)
         monkeypatch.setattr(_lovasz_cuda, "is_interpreted", lambda: True)
         monkeypatch.setattr(_lovasz_cuda, "reasons", {})
 
-    def test_feature_says_why(self, monkeypatch):
+    def test_feature_fallback_warning(self, monkeypatch):
         def launch(*args, **kwargs):
             raise ModuleNotFoundError("No module named 'triton'")
 
@@ -40,7 +40,7 @@ class TestWithoutKernels(BaseTester):
     @pytest.mark.parametrize(
         "wrong", ["float64 logits", "float64 weight", "unsigned labels", "classes", "tables", "no pixel"]
     )
-    def test_feature_leaves_to_the_dense_form(self, wrong, monkeypatch):
+    def test_feature_unsupported_inputs(self, wrong, monkeypatch):
         monkeypatch.setattr(_lovasz_cuda, "are_kernels_available", lambda device: True)
         pred, target, weight, bins = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long), None, 64
         assert _lovasz_cuda.can_compute(pred, target, weight, Options("softmax", num_bins=bins, classes="all"))
@@ -52,7 +52,7 @@ class TestWithoutKernels(BaseTester):
             target = target.to(torch.uint64)
         elif wrong == "classes":
             pred = torch.zeros(2, 2049, 4, 5)
-        elif wrong == "tables":  # larger by far than the images
+        elif wrong == "tables":  # far larger than the images
             pred, target, bins = torch.zeros(200, 3, 4, 5), torch.zeros(200, 4, 5, dtype=torch.long), 1 << 16
         else:
             pred, target = pred[:0], target[:0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batches of several processes as one batch: real processes, compared with one that has it all."""
+"""The loss of a batch that is spread over several processes equals the loss of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from testing.base import BaseTester
 from testing.lovasz import INTERPRETED, RTOL
 
 HEIGHT, WIDTH, CHANNELS = 9, 14, 3
-# The fused kernels have no float64.
+# The fused kernels do not support float64.
 DTYPE, ATOL = (torch.float32, 1e-7) if INTERPRETED else (torch.float64, 1e-14)
 NUM_BINS = 32
-# Images of each process, in turn: more processes than entries begin again.
+# Number of images of each process.
 SIZES = {"alike": (2, 2, 2), "different": (1, 3, 2), "empty": (3, 0, 1)}
 CASES = [
     (loss, sizes, labels)
@@ -77,7 +77,7 @@ def join_group(rank, ranks, folder, seconds=60):
 
 def train_in_group(rank, ranks, folder):
     join_group(rank, ranks, folder)
-    # So small a slab would be less than the table of a row: rows that processes share must not be divided for that.
+    # A limit below the size of one table. Rows shared by processes must be counted together all the same.
     tuning.counted_at_once = 10
     results = []
     for case in CASES:
@@ -86,10 +86,10 @@ def train_in_group(rank, ranks, folder):
         value = make_loss(case, dist.group.WORLD)(model(features), target)
         value.backward()
         results.append((value.detach(), [p.grad for p in model.parameters()]))
-    # without a graph, as in validation
+    # Without a graph, as in validation.
     with torch.no_grad():
         results.append((make_loss(CASES[0], dist.group.WORLD)(make_model(CASES[0])(features), target.clamp(max=1)), []))
-    # a second backward of one process alone, for which the others need not be there
+    # One process runs backward twice. The second time needs no communication, so the others need not take part.
     for dtype in (torch.float64, torch.float32):
         leaf = make_model(CASES[0])(features).detach().to(dtype).requires_grad_()
         value = make_loss(CASES[0], dist.group.WORLD)(leaf, target.clamp(max=1))
@@ -112,7 +112,7 @@ def train_in_group(rank, ranks, folder):
 
 
 def disagree(rank, ranks, folder):
-    """The last process asks for something else than the others."""
+    """The last process passes other arguments than the rest."""
     join_group(rank, ranks, folder)
     torch.manual_seed(0)
     target = torch.zeros(2, 4, 5, dtype=torch.long)
@@ -146,7 +146,7 @@ def disagree(rank, ranks, folder):
 
 
 def lose_a_process(how, rank, ranks, folder):
-    """The last process does not come to the second loss."""
+    """The last process does not compute the second loss."""
     join_group(rank, ranks, folder, seconds=5 if how == "hangs" else 20)
     features, target = make_case(CASES[0], ranks)[rank]
     loss, model = make_loss(CASES[0], dist.group.WORLD), make_model(CASES[0])
@@ -186,7 +186,7 @@ def trained(request):
 
 class TestGroup(BaseTester):
     @pytest.mark.parametrize("case", CASES, ids="-".join)
-    def test_one_process_with_everything(self, case, trained):
+    def test_feature_equals_single_process(self, case, trained):
         batches = make_case(case, len(trained))
         model = make_model(case)
         pred = model(torch.cat([features for features, _ in batches]))
@@ -199,7 +199,7 @@ class TestGroup(BaseTester):
             for grad, parameter in zip(grads, model.parameters()):
                 self.assert_close(grad, parameter.grad, rtol=100 * RTOL[DTYPE], atol=ATOL)
 
-    def test_without_gradient(self, trained):
+    def test_feature_no_grad(self, trained):
         values = [results[-1][0] for results, _ in trained]
         assert all(torch.equal(value, values[0]) for value in values)
 
@@ -210,8 +210,8 @@ class TestGroup(BaseTester):
                 assert part in message
             assert len(messages) == (2 if rank == 0 else 3)
 
-    def test_processes_that_disagree(self):
-        """All of them raise, and the group can go on."""
+    def test_exception_different_arguments(self):
+        """All processes raise, and the group stays usable."""
         with tempfile.TemporaryDirectory() as folder:
             assert run_processes(disagree, 3, folder) == [0, 0, 0]
             results = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(3)]
@@ -225,16 +225,16 @@ class TestGroup(BaseTester):
         assert "num_bins=16" in results[2][0][0]
 
     @pytest.mark.parametrize("how", ["exits", "raises", "hangs"])
-    def test_lost_process(self, how):
-        """The others raise, in the time that the group has been given at most."""
+    def test_exception_lost_process(self, how):
+        """The other processes raise, at the latest after the timeout of the group."""
         with tempfile.TemporaryDirectory() as folder:
             *others, lost = run_processes(partial(lose_a_process, how), 3, folder)
             assert others == [0, 0]
-            assert lost != 0  # by its own status, or by a signal as the group is torn down around it
+            assert lost != 0  # its own status, or that of a signal
             for rank in range(2):
                 assert torch.load(Path(folder) / f"error{rank}.pt")
 
 
-def test_processes_on_cuda_are_not_compared():
-    """To look at the answer would wait for the device. There is no group here: whoever asks it, fails."""
+def test_feature_no_agreement_check_on_cuda():
+    """Reading the result of the check would wait for the device. No group exists here, so any communication raises."""
     check_agreement(torch.zeros(1, 8, device="meta"), Options("hinge", num_bins=8))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for the Lovász hinge loss alone."""
+"""The Lovász hinge loss: what the tests shared by all losses do not cover."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ import torch
 from kornia.core.exceptions import ShapeError
 from kornia.losses import lovasz_hinge_loss
 
-from testing.lovasz import HINGE, INF, RTOL, LovaszTester, force_form, make_inputs, oracle, value_and_grad
+from testing.lovasz import (
+    HINGE,
+    INF,
+    RTOL,
+    LovaszTester,
+    force_form,
+    make_inputs,
+    oracle,
+    value_and_grad,
+    widest_dtype,
+)
 
 
 class TestLovaszHingeLoss(LovaszTester):
-    def test_convention_signs_of_the_labels(self, device, dtype):
+    def test_convention_label_signs(self, device, dtype):
         pred = torch.tensor([[[[1.0, 1.0, -1.0, -1.0]]]], device=device, dtype=dtype)
-        target = torch.tensor([[[1, 0, 1, 0]]], device=device)  # one of three is found: 1 - IoU is 2/3
+        target = torch.tensor([[[1, 0, 1, 0]]], device=device)  # the IoU is 1/3
         self.assert_close(lovasz_hinge_loss(pred, target).item(), 4 / 3, rtol=RTOL[dtype], atol=0.0)
         assert lovasz_hinge_loss(2.0 * (2.0 * target - 1.0).to(dtype).unsqueeze(1), target) == 0
 
-    def test_convention_minus_100_does_not_count(self, device, dtype):
+    def test_convention_ignore_index_default(self, device, dtype):
         pred = torch.tensor([[[[1.0, 1.0, -1.0]]]], device=device, dtype=dtype)
         target = torch.tensor([[[1, 0, -100]]], device=device)
         self.assert_close(lovasz_hinge_loss(pred, target).item(), 1.0, rtol=RTOL[dtype], atol=0.0)
@@ -41,15 +51,15 @@ class TestLovaszHingeLoss(LovaszTester):
         pred, target = make_inputs(HINGE, device, dtype)
         target = (torch.rand(target.shape, device=device) < fraction).long()
         value, grad = value_and_grad(lovasz_hinge_loss, pred, target)
-        leaf = pred.double().requires_grad_()
+        leaf = pred.cpu().double().requires_grad_()
         expected = oracle(HINGE, leaf, target)
-        self.assert_close(value.double().cpu(), expected.detach(), rtol=2 * RTOL[dtype], atol=0.0)
+        self.assert_close(value.cpu().double(), expected.detach(), rtol=2 * RTOL[dtype], atol=0.0)
         (expected_grad,) = torch.autograd.grad(expected, leaf)
-        self.assert_close(grad.double(), expected_grad, rtol=2 * RTOL[dtype], atol=0.0)
+        self.assert_close(grad.cpu().double(), expected_grad, rtol=2 * RTOL[dtype], atol=0.0)
 
     @pytest.mark.parametrize("piece", [64, 100, 1000])
     @pytest.mark.parametrize("case", ["distinct", "ties", "infinite", "absent", "right"])
-    def test_feature_pieces_change_nothing(self, device, dtype, case, piece, form, monkeypatch):
+    def test_feature_piece_size(self, device, dtype, case, piece, form, monkeypatch):
         pred, target = make_inputs(HINGE, device, dtype, (2, 40, 37))
         if case == "ties":
             pred = pred.sign() * 0.25
@@ -68,7 +78,7 @@ class TestLovaszHingeLoss(LovaszTester):
 
     @pytest.mark.parametrize("height", [256, 1024])
     def test_feature_gradient_of_large_image(self, device, height):
-        # Errors that differ pairwise and are exact in float32, so that the order is known; weights from set sizes.
+        # All errors differ and are exact in float32, so their order is known. Expected weights are counted from sets.
         n = height * height
         generator = torch.Generator().manual_seed(height)
         errors = (torch.randperm(n, generator=generator) + 1).double() / n
@@ -88,7 +98,7 @@ class TestLovaszHingeLoss(LovaszTester):
             assert gradient[i].item() == pytest.approx(weight, rel=1e-6)
 
     def test_feature_loss_of_large_image(self, device):
-        # half of the pixels are wrong at one error: a sum of 2**20 weights, whose value is known exactly
+        # Half of the pixels are wrong with the same error, so the exact loss is known.
         target = torch.zeros(1, 1024, 1024, dtype=torch.long, device=device)
         target[:, :256] = 1
         pred = torch.where(target == 1, 1.0, -1.0)[:, None].clone()
@@ -96,7 +106,7 @@ class TestLovaszHingeLoss(LovaszTester):
         expected = 2 * (1 - Fraction(256 * 512, 256 * 1024 + 768 * 512))
         assert lovasz_hinge_loss(pred, target).item() == pytest.approx(float(expected), rel=1e-6)
 
-    def test_feature_all_right(self, device, dtype):
+    def test_feature_perfect_prediction(self, device, dtype):
         pred, target = make_inputs(HINGE, device, dtype)
         pred = torch.where(target == 1, 1.0, -1.0)[:, None] * (pred.abs() + 1)
         pred = pred.to(dtype).requires_grad_()
@@ -105,8 +115,8 @@ class TestLovaszHingeLoss(LovaszTester):
         loss.backward()
         assert (pred.grad == 0).all()
 
-    def test_feature_at_the_margin(self, device, dtype):
-        """An error of exactly 0 has no gradient, though it may have a weight."""
+    def test_feature_zero_error(self, device, dtype):
+        """A pixel with an error of exactly 0 has gradient 0, even if its weight is not 0."""
         _, target = make_inputs(HINGE, device, dtype)
         pred = torch.where(target == 1, 1.0, -1.0)[:, None].to(dtype)
         pred[:, 0, 0, 0] *= -1  # one wrong pixel in each image
@@ -140,21 +150,21 @@ class TestLovaszHingeLoss(LovaszTester):
         assert lovasz_hinge_loss(wrong, target) == INF
 
     def test_feature_infinite_ties(self, device, dtype):
-        # the background pixel has weight 0 in one order of the two infinite errors, and 0 * inf is not a number
+        # In one order of the two infinite errors the background pixel has weight 0, and 0 * inf is nan.
         pred = torch.tensor([[[[-INF, INF, 0.0]]]], device=device, dtype=dtype)
         target = torch.tensor([[[1, 0, 0]]], device=device)
         assert lovasz_hinge_loss(pred, target) == INF
         assert lovasz_hinge_loss(pred.flip(-1), target.flip(-1)) == INF
 
     def test_feature_tiny_loss(self, device):
-        # one error of 2**-20 on a large image: the loss must not drown in the rounding of the others
+        # A single error of 2**-20: the rounding of the other 4095 pixels must not hide it.
         pred = torch.ones(1, 1, 64, 64, device=device)
         target = torch.ones(1, 64, 64, device=device)
         pred[0, 0, 3, 3] = 1 - 2.0**-20
         assert lovasz_hinge_loss(pred, target).item() == pytest.approx(2.0**-20 / 64**2, rel=1e-6)
 
-    def test_feature_right_column(self, device):
-        # a column that is ignored is as good as none, though it divides each row of memory
+    def test_feature_ignored_column(self, device):
+        # Ignoring a column gives the same loss as removing it.
         generator = torch.Generator().manual_seed(0)
         pred = torch.randn(1, 1, 4096, 3, generator=generator).to(device)
         target = torch.randint(0, 2, (1, 4096, 3), generator=generator).to(device)
@@ -164,16 +174,17 @@ class TestLovaszHingeLoss(LovaszTester):
 
     @pytest.mark.grad
     def test_gradcheck_labels(self, device):
-        # labels that require a gradient may move away from 0 a little, as in a check of the gradient of all inputs
-        pred, target = make_inputs(HINGE, device, torch.float64)
-        self.gradcheck(lovasz_hinge_loss, (pred, target.new_zeros(target.shape).double()))
-        learnt = lovasz_hinge_loss(pred, target.double().requires_grad_())
+        # Labels that require a gradient are not checked, because gradcheck moves them by a small step.
+        pred, target = make_inputs(HINGE, device, widest_dtype(device))
+        labels = target.to(pred.dtype)
+        self.gradcheck(lovasz_hinge_loss, (pred, torch.zeros_like(labels)))
+        learnt = lovasz_hinge_loss(pred, labels.clone().requires_grad_())
         assert learnt == lovasz_hinge_loss(pred, target)
         with pytest.raises(ValueError, match="0 for the background and 1 for the foreground"):
-            lovasz_hinge_loss(pred, target.double() / 2)
+            lovasz_hinge_loss(pred, labels / 2)
 
     def test_exception_under_functorch(self):
-        # where the labels are not mapped over, they have values
+        # Labels that are not mapped over have values inside a transform, so they are checked.
         pred, target = make_inputs(HINGE, "cpu", torch.float64)
         for transformed in (
             lambda labels: torch.func.grad(lambda x: lovasz_hinge_loss(x, labels))(pred),
@@ -184,8 +195,8 @@ class TestLovaszHingeLoss(LovaszTester):
             with pytest.raises(ValueError, match=r"0 for the background and 1 for the foreground.*Got: \[2"):
                 transformed(target + 1)
 
-    def test_exception_narrow_labels(self, dtype):
-        # -100 is 156 modulo 256, and 255 is -1: neither is in these tensors
+    def test_exception_8_bit_labels(self, dtype):
+        # In 8 bits, -100 is 156 and 255 is -1. Labels of 156 and -1 are not those to ignore.
         pred = torch.zeros(1, 1, 1, 2, dtype=dtype)
         with pytest.raises(ValueError, match=r"Got: \[156\]"):
             lovasz_hinge_loss(pred, torch.tensor([[[156, 1]]], dtype=torch.uint8))

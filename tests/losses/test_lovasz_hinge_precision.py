@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of large images, from the public function alone: runs with any implementation of the loss."""
+"""Gradients of large images. Only the public function is used, so the test runs on any version of Kornia."""
 
 import pytest
 import torch
@@ -14,14 +14,15 @@ class TestLovaszHingePrecision(BaseTester):
     def test_gradient(self, device, side):
         """Every background pixel has a larger error than every foreground pixel, and all errors differ.
 
-        With ``G`` foreground pixels, wrong background pixels alone lose ``m / (G + m)`` of the intersection over union
-        for ``m`` of them. So the m-th largest error has the difference ``G / ((G + m - 1) (G + m))`` as its weight,
-        and each foreground pixel, once all ``N`` background pixels are wrong, ``1 / (G + N)``.
+        If ``m`` background pixels are wrong and all ``G`` foreground pixels are right, the Jaccard loss is
+        ``m / (G + m)``. The weight of the m-th largest error is the difference to the loss of ``m - 1``, which is
+        ``G / ((G + m - 1) (G + m))``. With ``N`` background pixels, each foreground pixel has the weight
+        ``1 / (G + N)``.
         """
         pixels = side * side
         size = pixels // 8
         order = torch.randperm(pixels, generator=torch.Generator().manual_seed(side))
-        # In the order of descending errors, exact in float32: from 2 down to 1.
+        # Errors in descending order, from 2 to 1, exact in float32.
         errors = 2.0 - torch.arange(pixels) / pixels
         background = torch.arange(pixels) < pixels - size
         pred, target = torch.empty(pixels), torch.empty(pixels, dtype=torch.long)

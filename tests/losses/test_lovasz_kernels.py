@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused kernels themselves: what they launch, read and write, and what they compile to.
+"""The fused kernels: which operations they launch, which memory they read and write, and how they compile.
 
-The other tests are theirs, too: with the form "fused" on a GPU, and with TRITON_INTERPRET=1 on the CPU.
+Their results are checked by the other tests of the losses: by the form "fused" on a GPU, and on the CPU with
+TRITON_INTERPRET=1.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ GUARD = 1 << 12
 
 
 class Guarded:
-    """PyTorch whose new tensors have memory before and after them that nobody may write, and garbage in them."""
+    """PyTorch, except that new tensors contain garbage and lie between guard regions that nothing may write to."""
 
     def __init__(self) -> None:
         self.whole = []
@@ -56,15 +57,15 @@ class Guarded:
         return all((whole[:GUARD] == 77).all() and (whole[-GUARD:] == 77).all() for whole in self.whole)
 
 
-def amid_garbage(tensor, garbage):
-    """The same tensor in memory that has garbage before and after it."""
+def surround(tensor, garbage):
+    """Copy a tensor into memory that has garbage before and after it."""
     whole = torch.full((tensor.numel() + 2 * GUARD,), garbage, dtype=tensor.dtype, device=tensor.device)
     result = whole[GUARD : GUARD + tensor.numel()].view(tensor.shape)
     return result.copy_(tensor)
 
 
 class Launches(TorchDispatchMode):
-    """Names of what would be launched on a GPU: kernels, and operations of PyTorch that are no views."""
+    """Record the names of what a GPU would run: kernels, and operations of PyTorch except views and allocations."""
 
     def __init__(self, monkeypatch) -> None:
         super().__init__()
@@ -92,19 +93,20 @@ if PLACES:
         def fused(self, monkeypatch):
             force_form(monkeypatch, "fused")
 
-        def test_feature_is_used(self, place):
+        def test_smoke(self, place):
             assert _lovasz_cuda.can_compute(*make_inputs(SOFTMAX, place, torch.float16), None, Options("softmax"))
 
         @pytest.mark.parametrize(("loss", "options", "bins"), EVERY)
-        def test_feature_stays_within_its_memory(self, loss, options, bins, place, monkeypatch):
+        def test_feature_memory_bounds(self, loss, options, bins, place, monkeypatch):
+            """Kernels write to no memory beyond their tensors, and do not use garbage beyond their inputs."""
             shape = (3, 7, 11)
             pred, target = make_inputs(loss, place, torch.float32, shape, ignored=options.get("ignore_index"))
             options = {**options, "num_bins": bins}
             expected = value_and_grad(loss, pred, target, **options)
             guarded = Guarded()
             monkeypatch.setattr(_lovasz_cuda, "torch", guarded)
-            leaf = amid_garbage(pred, NAN).requires_grad_()
-            value = loss(leaf, amid_garbage(target, 10**9), **options)
+            leaf = surround(pred, NAN).requires_grad_()
+            value = loss(leaf, surround(target, 10**9), **options)
             (grad,) = torch.autograd.grad(value.sum(), leaf)
             self.assert_close((value.detach(), grad), expected, rtol=0.0, atol=0.0)
             assert len(guarded.whole) >= 5
@@ -115,7 +117,7 @@ if PLACES:
             pred, target = make_inputs(loss, place, torch.float32, ignored=options.get("ignore_index"))
             pred.requires_grad_()
             monkeypatch.setattr(tuning, "sorted_at_once", 1 << 20)
-            loss(pred, target, num_bins=bins, **options)  # asks once whether kernels are there
+            loss(pred, target, num_bins=bins, **options)  # the first call also checks whether kernels can run
             with Launches(monkeypatch) as launches:
                 value = loss(pred, target, num_bins=bins, **options)
                 one = torch.ones_like(value)
@@ -127,8 +129,8 @@ if PLACES:
             assert launches.names == [*ranking, "apply_kernel", "sum", "apply_kernel"]
 
         @pytest.mark.parametrize("bins", [None, 64])
-        def test_feature_memory_that_is_not_what_it_seems(self, bins, place):
-            """Weights with gaps or of one number, and signs that PyTorch keeps beside the memory."""
+        def test_feature_memory_layout(self, bins, place):
+            """Weights that are strided or expanded, and logits whose sign PyTorch stores as a flag of the tensor."""
             pred, target = make_inputs(SOFTMAX, place, torch.float32)
             spread = torch.tensor([1.0, 50.0, 2.0, 60.0, 0.5, 70.0, 3.0, 80.0], device=place)
             negated = torch.complex(torch.zeros_like(pred), -pred).conj().imag
@@ -142,7 +144,7 @@ if PLACES:
                     self.assert_close((value.detach(), grad), expected, rtol=0.0, atol=0.0)
 
         def test_feature_many_blocks_and_slabs(self, place, monkeypatch):
-            """Rows longer than a block of sorted pixels, and sorted in several parts."""
+            """Rows are longer than a block of sorted pixels, and are sorted in several parts."""
             pred, target = make_inputs(SOFTMAX, place, torch.float32, (2, 40, 60))
             expected = value_and_grad(SOFTMAX, pred, target)
             for slab, block in ((1, 128), (5000, 512)):
@@ -203,7 +205,7 @@ if PLACES:
 
 
 class Card:
-    """A card that is not there, for which Triton compiles."""
+    """Stands for a GPU that this machine does not have, so that Triton compiles for it."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -219,7 +221,7 @@ class Card:
 
 
 def usage_of(compiled) -> tuple[int, int]:
-    """Registers, and bytes spilt, of a compiled kernel, by the assembler that Triton brings along."""
+    """Number of registers and of spilled bytes of a compiled kernel, from the assembler that Triton includes."""
     ptx = compiled.asm["ptx"]
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -231,7 +233,7 @@ def usage_of(compiled) -> tuple[int, int]:
 
 if not INTERPRETED:
     VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-    # Triton 3.6 to 3.8 spill nothing; others up to two registers of the kernel that applies the weights.
+    # Triton 3.6 to 3.8 spill nothing. Other versions spill up to two registers in the kernel that applies the weights.
     MOST_SPILT = 0 if (3, 6) <= VERSION < (3, 9) else 8
 
     class TestCompile:
@@ -243,7 +245,7 @@ if not INTERPRETED:
         def test_feature_without_spills(self, name, shape, capability, monkeypatch):
             launched = []
             monkeypatch.setattr(_lovasz_cuda, "launch", lambda *args, **kwargs: launched.append((args, kwargs)))
-            half = torch.bfloat16 if capability >= 80 else torch.float16  # which older cards do not have
+            half = torch.bfloat16 if capability >= 80 else torch.float16  # older GPUs have no bfloat16
             pred = torch.empty(shape, device="meta", dtype=half if name == "sigmoid" else torch.float32)
             target = torch.empty((shape[0], *shape[2:]), device="meta", dtype=torch.int64)
             for num_bins in (
@@ -264,6 +266,6 @@ if not INTERPRETED:
                     assert spilt <= MOST_SPILT, f"{kernel}: {registers} registers, {spilt} bytes spilt"
                     names.add(kernel)
             finally:
-                with contextlib.suppress(RuntimeError):  # where there is no card to go back to
+                with contextlib.suppress(RuntimeError):  # raised on a machine without a GPU
                     triton.runtime.driver.reset_active()
             assert len(names) == (8 if capability in (75, 90) else 5)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of both Lovász losses, on inputs of any shape, scale and layout that hypothesis draws.
+"""Laws of the Lovász losses, checked on inputs of any shape, scale and layout that hypothesis draws.
 
-A fixed choice of examples runs with the other tests. ``HYPOTHESIS_PROFILE=long`` draws anew, many more.
+By default the examples are the same in each run. ``HYPOTHESIS_PROFILE=long`` draws many more, and new ones in each run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from testing.lovasz import HINGE, INF, NAN, RTOL, SOFTMAX, LovaszTester, each_loss, oracle, value_and_grad
 
-# The forms that a test runs with are set before its first example and hold for all.
+# The fixture sets the form once, before the first example, which is what all examples of a test need.
 _CHECKS = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.differing_executors]
 hypothesis.settings.register_profile(
     "fixed", derandomize=True, max_examples=40, deadline=None, database=None, suppress_health_check=_CHECKS
@@ -31,7 +31,7 @@ IGNORED = 255
 
 @dataclass
 class Case:
-    """Logits and labels of one of the losses, and options."""
+    """A loss with logits, labels and options."""
 
     loss: Any
     pred: torch.Tensor
@@ -44,17 +44,17 @@ class Case:
 
     @property
     def errors_differ(self) -> bool:
-        """Whether the logits are such that no two errors are equal, or nearly, if the logits are not."""
+        """Whether different logits give clearly different errors."""
         return bool(((self.pred.abs() < 1e3) & (self.pred.abs() > 1e-9)).all())
 
     @property
     def signs(self) -> torch.Tensor:
-        """Of a hinge loss: 1 on the foreground and -1 elsewhere."""
+        """For the hinge loss: 1 on the foreground and -1 elsewhere."""
         return 2.0 * (self.target == 1).unsqueeze(1).to(self.pred.dtype) - 1
 
     @property
     def largest(self) -> torch.Tensor:
-        """The largest error, or more."""
+        """An upper bound of the errors."""
         return self.pred.abs().max() + 1 if self.loss is HINGE and self.pred.numel() else torch.ones(())
 
 
@@ -89,7 +89,7 @@ def cases(draw, loss, ties=None, empty=False):
 
 
 def laws(**choices):
-    """Run a test on cases of its loss."""
+    """Make a test run on drawn cases of its loss."""
 
     def decorate(test):
         @hypothesis.given(data=st.data())
@@ -121,8 +121,8 @@ class TestLovaszLaws(LovaszTester):
         self.assert_close(grad, expected, rtol=1e-9, atol=1e-14)
 
     @laws(ties=False)
-    def test_order_of_pixels_is_free(self, case, data):
-        """Of an image; of a batch too, if it is one group."""
+    def test_pixel_order(self, case, data):
+        """Permuting the pixels of all images keeps the value and permutes the gradient."""
         hypothesis.assume(case.errors_differ)
         case.options["reduction"] = "mean"
         order = torch.randperm(case.target[0].numel(), generator=torch.Generator().manual_seed(0))
@@ -134,8 +134,8 @@ class TestLovaszLaws(LovaszTester):
         self.assert_close(shuffled_grad, expected, rtol=1e-9, atol=1e-13 / case.largest.item())
 
     @laws()
-    def test_ignoring_is_removing(self, case, data):
-        """And what is ignored may be nan or inf."""
+    def test_ignored_equals_removed(self, case, data):
+        """Ignored logits may be nan or inf."""
         case.options["per_image"] = False
         kept = case.target != IGNORED
         filled = case.pred.clone()
@@ -148,7 +148,7 @@ class TestLovaszLaws(LovaszTester):
         self.assert_close(grad.movedim(1, -1)[kept].sum(0), kept_grad[0, :, 0].sum(-1), rtol=1e-6, atol=1e-12)
 
     @laws()
-    def test_images_are_scored_one_by_one(self, case, data):
+    def test_per_image_equals_single_images(self, case, data):
         options = {"per_image": True, "reduction": "none"}
         single = [case(p[None], t[None], **options) for p, t in zip(case.pred, case.target)]
         self.assert_close(case(**options), torch.cat(single), rtol=1e-12, atol=0.0)
@@ -156,7 +156,7 @@ class TestLovaszLaws(LovaszTester):
         self.assert_close(vmapped, torch.cat(single), rtol=1e-12, atol=0.0)
 
     @laws()
-    def test_bins_are_within_their_bound(self, case, data):
+    def test_num_bins_bound(self, case, data):
         num_bins = data.draw(st.sampled_from([1, 2, 7, 64, 1024]))
         exact = case(reduction="none")
         value = case(reduction="none", num_bins=num_bins)
@@ -164,7 +164,7 @@ class TestLovaszLaws(LovaszTester):
         assert (value >= exact - case.largest / num_bins - 1e-6 * exact).all()
 
     @laws()
-    def test_nan_is_never_lost(self, case, data):
+    def test_nan_propagates(self, case, data):
         case.options |= {"per_image": True, "reduction": "none"}
         if case.loss.channels > 1:
             case.options["classes"] = "all"
@@ -177,7 +177,7 @@ class TestLovaszLaws(LovaszTester):
         assert not case(pred).isnan()[torch.arange(len(pred)) != b].any()
 
     @laws(empty=True)
-    def test_value_is_the_same_without_a_gradient(self, case, data):
+    def test_value_without_gradient(self, case, data):
         expected = case(case.pred.clone().requires_grad_())
         assert torch.equal(case(), expected)
         with torch.no_grad():
@@ -193,7 +193,7 @@ class TestLovaszLaws(LovaszTester):
 
 
 class TestHingeLaws(LovaszTester):
-    """In its errors the hinge loss is convex, non-decreasing and positively homogeneous; it is linear in each logit."""
+    """The hinge loss is convex, non-decreasing and positively homogeneous in its errors."""
 
     @hypothesis.given(case=cases(HINGE))
     def test_is_convex_in_the_logits(self, case):
@@ -204,12 +204,12 @@ class TestHingeLaws(LovaszTester):
             assert (between <= bound * (1 + 1e-9)).all()
 
     @hypothesis.given(case=cases(HINGE), step=st.sampled_from([1e-3, 1.0, 1e6]))
-    def test_never_falls_when_an_error_grows(self, case, step):
+    def test_non_decreasing_in_errors(self, case, step):
         more = torch.rand(case.pred.shape, generator=torch.Generator().manual_seed(1), dtype=case.pred.dtype) * step
         assert (case(case.pred - case.signs * more) >= case() * (1 - 1e-9)).all()
 
     @hypothesis.given(case=cases(HINGE), factor=st.sampled_from([0.0, 1e-3, 3.0, 1e6]))
-    def test_scales_with_its_errors(self, case, factor):
+    def test_positively_homogeneous(self, case, factor):
         errors = 1 - case.signs * case.pred
         scaled = case.signs * (1 - factor * errors)
         self.assert_close(case(scaled), factor * case(), rtol=1e-6, atol=1e-9 * max(1.0, factor))
@@ -217,7 +217,7 @@ class TestHingeLaws(LovaszTester):
 
 class TestSoftmaxLaws(LovaszTester):
     @hypothesis.given(case=cases(SOFTMAX))
-    def test_order_of_classes_is_free(self, case):
+    def test_class_order(self, case):
         order = torch.randperm(case.pred.shape[1], generator=torch.Generator().manual_seed(0))
         places = torch.cat([order.argsort(), torch.tensor([IGNORED] * (IGNORED + 1 - len(order)))])
         options = dict(case.options)
@@ -227,7 +227,7 @@ class TestSoftmaxLaws(LovaszTester):
         self.assert_close(permuted, case(), rtol=1e-9, atol=1e-30)
 
     @hypothesis.given(case=cases(SOFTMAX), shift=st.sampled_from([-3.0, 0.5, 100.0]))
-    def test_a_shift_of_all_logits_changes_nothing(self, case, shift):
+    def test_shift_of_all_logits(self, case, shift):
         hypothesis.assume(case.pred.abs().max() < 1e5)
         self.assert_close(case(case.pred + shift), case(), rtol=1e-9, atol=1e-12)
 

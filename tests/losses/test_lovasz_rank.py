@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranking on its own: rows of errors as they come, against one row at a time, counted by hand."""
+"""From errors to weights by sorting, compared with a loop over the pixels of one row."""
 
 import functools
 import math
@@ -10,9 +10,11 @@ import torch
 from kornia.losses import _lovasz_cpu
 from kornia.losses._lovasz_sort import sorted_weights
 
+from testing.lovasz import widest_dtype
+
 
 def weights_of(errors, foreground):
-    """Weights of one row by the closed form, a pixel at a time, the first of equal errors first."""
+    """Weights of one row by the closed form, pixel by pixel. Equal errors keep their order."""
     total, missed, alarms = sum(foreground), 0, 0
     places = sorted(range(len(errors)), key=lambda place: -errors[place])
     weights = [0.0] * len(errors)
@@ -34,16 +36,16 @@ VALUES = {
     "every magnitude": lambda noise: noise.sign() * 10 ** (8 * noise),
     "below 0": lambda noise: 0.2 * noise.sigmoid() - 1,
     "neighbours": lambda noise: 2 + 2 * torch.finfo(noise.dtype).eps * noise.mul(100).round(),
-    "few": lambda noise: noise.mul(2).round() + 0.0,  # no -0.0, whose bits differ
+    "few": lambda noise: noise.mul(2).round() + 0.0,  # turns -0.0 into 0.0, as the two differ in their bits
     "infinite": lambda noise: torch.where(noise.abs() > 1, noise / 0, noise),
 }
-# Below and above the lengths from which PyTorch sorts by digits, vectors are padded for that, and rows are divided.
+# Lengths below and above those from which PyTorch uses its radix sort, vectors are padded for it, and rows are divided.
 SHAPES = [(1, 1), (1, 40), (300, 12), (2, 6553), (1, 6554), (1, 32_767), (2, 40_000), (1, 270_000)]
 
 
 @functools.cache
 def make_rows(kind, shape, dtype):
-    """Rows of errors, their foreground and their weights; the first row has no foreground, the last nothing else."""
+    """Rows of errors with foreground and weights. The first row is all background, the last one all foreground."""
     generator = torch.Generator().manual_seed(sum(shape))
     errors = VALUES[kind](torch.randn(shape, dtype=dtype, generator=generator))
     foreground = torch.rand(shape, generator=generator) < 0.3
@@ -56,13 +58,15 @@ def make_rows(kind, shape, dtype):
 @pytest.mark.parametrize("kind", VALUES)
 class TestRank:
     def test_rows(self, kind, shape, dtype, device):
+        if dtype == torch.float64:
+            dtype = widest_dtype(device)
         errors, foreground, expected = (rows.to(device) for rows in make_rows(kind, shape, dtype))
         actual = sorted_weights(errors, foreground)
         torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
     @pytest.mark.parametrize("share", [0.1, 1.0])
     def test_candidates_of_rows(self, kind, shape, dtype, share):
-        """They have the weights that they have among all, and the others have 0."""
+        """Candidates have the same weights as when all pixels are ranked, and the other pixels have weight 0."""
         errors, foreground, expected = make_rows(kind, shape, dtype)
         floors = errors.sort(1, descending=True).values[:, math.ceil(share * (shape[1] - 1))]
         weights = _lovasz_cpu.rank_rows(errors, foreground.view(torch.uint8), foreground.sum(1), floors)
@@ -72,7 +76,7 @@ class TestRank:
     @pytest.mark.parametrize("share", [0.1, 1.0])
     @pytest.mark.parametrize("piece", [1 << 10, 1 << 17])
     def test_candidates_of_a_long_row(self, kind, shape, dtype, piece, share, monkeypatch):
-        """So they have however the row is divided; the weights may overwrite the errors."""
+        """The same for any piece size. The weights may be written over the errors."""
         monkeypatch.setattr(_lovasz_cpu, "size_of_pieces", lambda errors: piece)
         for errors, foreground, expected in list(zip(*make_rows(kind, shape, dtype)))[:3]:
             floor = errors.sort(descending=True).values[math.ceil(share * (shape[1] - 1))]
@@ -83,6 +87,6 @@ class TestRank:
 
 
 def use(errors, foreground, weights):
-    """Keep the weights, and count the foreground."""
+    """Return the weights unchanged, and the number of foreground pixels in place of a loss."""
     assert (errors[1:] <= errors[:-1]).all()
     return weights, foreground.sum()
