@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in pieces: what it returns, and that it leaves no trace in threads, processes and the modes of autograd."""
+"""``in_pieces`` returns the right results, and has no side effects on threads, processes and modes of autograd."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from kornia.losses._threads import in_pieces
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request):
-    """How many threads PyTorch may use, whatever the machine has."""
+    """Let PyTorch use 1, 2 or 3 threads, whatever the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
 
 
-def numbers():
-    """The numbers of threads of the caller, and of a thread made now."""
+def thread_counts():
+    """How many threads PyTorch may use in this thread, and in a new thread."""
     with ThreadPoolExecutor(1) as pool:
         return torch.get_num_threads(), pool.submit(torch.get_num_threads).result()
 
 
 def run(program, **variables):
-    """Run a program in a Python of its own and return what it prints; one that hangs fails."""
+    """Run a program in a new Python process and return the words that it prints. It fails after 60 seconds."""
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(  # noqa: S603
         command, check=False, capture_output=True, text=True, timeout=60, env={**os.environ, **variables}
@@ -45,14 +45,14 @@ def run(program, **variables):
 @pytest.mark.usefixtures("threads")
 class TestInPieces:
     @pytest.mark.parametrize("count", [0, 1, 2, 50])
-    def test_results_in_order(self, count):
+    def test_feature_results_in_order(self, count):
         assert in_pieces(lambda piece: piece**2, range(count)) == [piece**2 for piece in range(count)]
 
-    def test_each_piece_by_one_thread(self, threads):
+    def test_feature_one_thread_per_piece(self, threads):
         met = threading.Barrier(threads, timeout=30)
 
         def work(piece):
-            met.wait()  # as many at a time as there are threads
+            met.wait()  # until as many pieces run at the same time as there are threads
             return threading.get_ident(), torch.get_num_threads()
 
         done = in_pieces(work, range(threads))
@@ -60,33 +60,33 @@ class TestInPieces:
         assert {number for _, number in done} == {1}
         assert (threading.get_ident() in {thread for thread, _ in done}) == (threads == 1)
 
-    def test_pieces_of_pieces(self):
+    def test_feature_nested_calls(self):
         def work(piece):
             assert in_pieces(lambda part: threading.get_ident(), range(3)) == [threading.get_ident()] * 3
             return sum(in_pieces(lambda part: part * piece, range(4)))
 
         assert in_pieces(work, range(9)) == [6 * piece for piece in range(9)]
 
-    def test_numbers_of_threads_stay(self, threads):
-        before = numbers()
+    def test_feature_thread_counts_unchanged(self, threads):
+        before = thread_counts()
         assert before[0] == threads
         in_pieces(lambda piece: torch.zeros(100_000).add_(1), range(8))
-        assert numbers() == before
+        assert thread_counts() == before
         with pytest.raises(ZeroDivisionError):
             in_pieces(lambda piece: 1 // piece, [1, 0, 1])
-        assert numbers() == before
+        assert thread_counts() == before
         own = torch.get_num_threads()
-        torch.set_num_threads(own + 3)  # the caller's own number follows the user
+        torch.set_num_threads(own + 3)  # a later change by the user is kept
         assert len(in_pieces(lambda piece: piece, range(9))) == 9
-        assert numbers() == (own + 3, own + 3)
+        assert thread_counts() == (own + 3, own + 3)
 
-    def test_caller_with_a_number_of_its_own(self, threads):
-        """It is that of the calling thread that counts, and threads made later have that of the process."""
+    def test_feature_thread_count_of_the_caller(self, threads):
+        """The setting of the calling thread is used and kept, and new threads keep that of the process."""
         found = []
 
         def call():
-            torch.get_num_threads()  # else PyTorch would take that of the process later
-            torch.set_num_threads(5)  # also for threads made from now on
+            torch.get_num_threads()  # without this, PyTorch would use the setting of the process later
+            torch.set_num_threads(5)  # also changes the setting for new threads
             entered.set()
             left.wait()
             in_pieces(lambda piece: piece, range(8))
@@ -100,7 +100,7 @@ class TestInPieces:
         left.set()
         caller.join()
         assert found == [5]
-        assert numbers() == (threads, threads)
+        assert thread_counts() == (threads, threads)
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
     def test_exception(self, error):
@@ -114,17 +114,17 @@ class TestInPieces:
         with pytest.raises(error, match="piece 0"):
             in_pieces(work, range(10_000))
         count = len(begun)
-        assert in_pieces(lambda piece: piece, range(4)) == [0, 1, 2, 3]  # the workers are still there
-        assert len(begun) == count  # and nobody works on
+        assert in_pieces(lambda piece: piece, range(4)) == [0, 1, 2, 3]  # the workers are still usable
+        assert len(begun) == count  # no worker has started another piece
 
-    def test_many_callers(self):
+    def test_feature_concurrent_calls(self):
         def call(number):
             return in_pieces(lambda piece: number * piece, range(20))
 
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(call, range(40))) == [[n * piece for piece in range(20)] for n in range(40)]
 
-    def test_modes_of_the_caller(self):
+    def test_feature_modes_of_the_caller(self):
         def modes(piece):
             return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -138,22 +138,22 @@ class TestInPieces:
 
 
 class TestProcess:
-    """What needs an interpreter of its own."""
+    """Tests that need a new process."""
 
-    def test_interrupt_of_the_caller(self):
-        """Ctrl-C reaches the main thread, which waits: it leaves with no piece in work."""
+    def test_exception_ctrl_c(self):
+        """Ctrl-C interrupts the waiting main thread, but the exception is raised only when no piece is running."""
         printed = run(
             """
             import os, signal, threading, time
             import torch
             from kornia.losses._threads import in_pieces
             torch.set_num_threads(2)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
             working = []
 
             def work(piece):
                 working.append(piece)
-                time.sleep(0.2)  # the caller waits by then
+                time.sleep(0.2)  # until the caller waits
                 if piece == 0:
                     os.kill(os.getpid(), signal.SIGINT)
                 working.remove(piece)
@@ -167,8 +167,8 @@ class TestProcess:
         assert printed == ["0", "[0,", "1]", "2"]
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-    def test_fork(self):
-        """A child with one thread, such as a data loader's worker, and one that would have workers of its own."""
+    def test_feature_fork(self):
+        """A forked child with one thread, such as a worker of a data loader, and one that starts its own workers."""
         printed = run(
             """
             import os
@@ -183,7 +183,7 @@ class TestProcess:
                 if child == 0:
                     torch.set_num_threads(threads)
                     works = in_pieces(lambda piece: piece, range(4)) == [0, 1, 2, 3]
-                    if threads == 1:  # OpenMP itself hangs in a child that divides operations
+                    if threads == 1:  # with more, OpenMP itself hangs in a forked child
                         works &= bool(torch.isclose(lovasz_hinge_loss(pred, target), expected))
                     os._exit(int(works))
                 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -192,8 +192,8 @@ class TestProcess:
         )
         assert printed == ["1", "1", "[0]"]
 
-    def test_shutdown(self):
-        """At the end of the interpreter, when no thread can be started, the caller does the work."""
+    def test_feature_shutdown(self):
+        """At interpreter shutdown, when no thread can be started, the caller does the work."""
         printed = run(
             """
             import atexit, threading
@@ -211,7 +211,7 @@ class TestProcess:
         )
         assert printed == ["45"] * 3
 
-    def test_shutdown_without_workers(self):
+    def test_feature_shutdown_without_workers(self):
         printed = run(
             """
             import atexit
@@ -227,7 +227,7 @@ class TestProcess:
 @pytest.mark.parametrize("module", [LovaszHingeLoss(), LovaszSoftmaxLoss()], ids=["hinge", "softmax"])
 @pytest.mark.usefixtures("threads")
 class TestLosses:
-    """What a training step is made of around them."""
+    """The losses inside a training step."""
 
     def make(self, module, shape=(2, 300, 200)):
         channels = 1 if isinstance(module, LovaszHingeLoss) else 4
@@ -235,7 +235,7 @@ class TestLosses:
         pred = torch.randn(shape[0], channels, *shape[1:], generator=generator)
         return pred, torch.randint(0, max(2, channels), shape, generator=generator)
 
-    def test_value_does_not_depend_on_threads(self, module, threads):
+    def test_feature_same_value_with_any_thread_count(self, module, threads):
         pred, target = self.make(module, (3, 400, 500))
         torch.set_num_threads(1)
         leaf = pred.clone().requires_grad_()
@@ -248,22 +248,22 @@ class TestLosses:
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=0.0)
         torch.testing.assert_close(other.grad, leaf.grad, rtol=1e-5, atol=1e-10)
 
-    def test_gradient_can_be_changed_in_place(self, module):
-        """As clipping does. A tensor of the inference mode could not be."""
+    def test_feature_clip_gradient(self, module):
+        """Clipping changes the gradient in place, which would raise for a tensor made in inference mode."""
         pred, target = self.make(module)
         module(pred.requires_grad_(), target).backward()
         torch.nn.utils.clip_grad_norm_([pred], 1e-3)
         assert pred.grad.norm() < 1.1e-3
 
-    def test_exception_of_a_piece(self, module, threads):
+    def test_exception_label(self, module, threads):
         pred, target = self.make(module)
         target[1, -1, -1] = 9
-        before = numbers()
+        before = thread_counts()
         with pytest.raises((ValueError, RuntimeError), match=r"target must hold 0|Class values"):
             module(pred, target)
-        assert numbers() == before
+        assert thread_counts() == before
 
-    def test_profiler(self, module):
+    def test_feature_profiler(self, module):
         pred, target = self.make(module)
         with torch.profiler.profile() as profile:
             module(pred.requires_grad_(), target).backward()

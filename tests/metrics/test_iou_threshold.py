@@ -16,10 +16,11 @@ from kornia.losses._tuning import tuning
 from kornia.metrics import IoUThresholdSearch, best_iou_threshold, iou_at_thresholds, mean_iou
 
 from testing.base import BaseTester
+from testing.lovasz import widest_dtype
 
 INF, NAN = float("inf"), float("nan")
-# Numbers where comparisons go wrong if they are not exact: ties, signed zeros, neighbours, the ends of every dtype and
-# both sides of the edges between numbers whose upper bits differ.
+# Numbers for which an inexact comparison gives a wrong result: signed zeros, neighbours in each dtype, subnormals, and
+# the largest numbers of each dtype.
 ODD = [0.0, -0.0, 1.0, -1.0, 1 + 2**-7, 1 - 2**-8, 1 + 2**-23, 1 - 2**-24, 1 + 2**-52, 3e-45, -3e-45, 6e-8]
 ODD += [
     88.0,
@@ -39,7 +40,7 @@ ODD += [
 
 
 def pixels_of(pred: torch.Tensor, target: torch.Tensor, ignore_index: int | None) -> list[tuple[float, bool]]:
-    """The logits of the valid pixels, exact as Python's floats, and whether they are foreground."""
+    """For each valid pixel, its logit as a Python float, which is exact, and whether it is foreground."""
     labels = target.flatten().tolist()
     return [(z, t == 1) for z, t in zip(pred.flatten().tolist(), labels) if ignore_index is None or t != ignore_index]
 
@@ -49,17 +50,17 @@ def quotient(intersection: int, union: int) -> Fraction:
 
 
 def oracle(pixels: list[tuple[float, bool]], threshold: float) -> Fraction:
-    """The IoU of one threshold by its definition, one pixel after the other."""
+    """The IoU at one threshold by definition, pixel by pixel."""
     predicted = {i for i, (z, _) in enumerate(pixels) if z > threshold}
     foreground = {i for i, (_, is_foreground) in enumerate(pixels) if is_foreground}
     return quotient(len(predicted & foreground), len(predicted | foreground))
 
 
 def oracle_intervals(pixels: list[tuple[float, bool]]) -> tuple[Fraction, list[tuple[float, float]]]:
-    """The largest IoU and all intervals ``[lower, upper)`` of thresholds that have it, adjacent ones joined."""
+    """The largest IoU, and all intervals ``[lower, upper)`` of thresholds that reach it. Adjacent ones are merged."""
     ends = [-INF, *sorted({z for z, _ in pixels} - {-INF, INF}), INF]
     values = [oracle(pixels, lower) for lower in ends[:-1]]
-    if any(z == INF for z, _ in pixels):  # then only the threshold inf predicts nothing
+    if any(z == INF for z, _ in pixels):  # then only the threshold inf predicts no foreground
         ends.append(INF)
         values.append(oracle(pixels, INF))
     best, intervals = max(values), []
@@ -71,7 +72,7 @@ def oracle_intervals(pixels: list[tuple[float, bool]]) -> tuple[Fraction, list[t
 
 
 def make_inputs(device, dtype, shape=(2, 5, 7), fraction=0.4, seed=0):
-    """Logits with many ties that are exact in every dtype, and labels that they tell something about."""
+    """Logits that correlate with the labels. Many are equal, and all are exact in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     target = (torch.rand(shape, generator=generator) < fraction).long()
     pred = torch.randint(-20, 21, (shape[0], 1, *shape[1:]), generator=generator) / 8 + target[:, None]
@@ -79,7 +80,7 @@ def make_inputs(device, dtype, shape=(2, 5, 7), fraction=0.4, seed=0):
 
 
 def make_odd_inputs(device, dtype, seed):
-    """A few pixels of odd numbers, some of them ignored."""
+    """A few pixels, with logits of ``ODD`` or from a short list, and some ignored labels."""
     generator = random.Random(seed)
     size = generator.randint(1, 12)
     values = generator.choices(ODD if seed % 2 else [-2.0, -1.0, 0.5, 0.75, 3.0], k=size)
@@ -90,7 +91,7 @@ def make_odd_inputs(device, dtype, seed):
 
 @pytest.fixture(autouse=True, params=["cells", "every pixel"])
 def counting(request, monkeypatch):
-    """Small inputs are counted by cells too, in several pieces."""
+    """Count small inputs in both ways, and in several pieces."""
     monkeypatch.setattr(tuning, "cells_from", 0 if request.param == "cells" else INF)
     monkeypatch.setattr(tuning, "metric_piece", 9)
     if request.param == "dense":  # the form that is compiled
@@ -99,7 +100,7 @@ def counting(request, monkeypatch):
 
 @pytest.fixture
 def large_pieces(monkeypatch, counting):
-    """Inputs that are not small would take long in tiny pieces."""
+    """Use larger pieces for larger inputs, which would take long in tiny pieces."""
     monkeypatch.setattr(tuning, "metric_piece", 25_000)
 
 
@@ -108,14 +109,14 @@ in_one_form = pytest.mark.parametrize("counting", ["cells"], indirect=True)
 
 
 def search_iou(pred, target, thresholds, *, ignore_index=-100):
-    """The search over a grid as a function."""
+    """``IoUThresholdSearch`` as a function."""
     search = IoUThresholdSearch(thresholds, ignore_index=ignore_index)
     search.update(pred, target)
     return search.iou_at_thresholds()
 
 
-def exception_cases(function):
-    """What every way to hand over predictions and labels refuses."""
+def check_exceptions(function):
+    """Check the exceptions for wrong predictions and labels, which all functions have in common."""
     pred, target = make_inputs("cpu", torch.float32)
     with pytest.raises(ShapeError, match="expected 4 dimensions, got 3"):
         function(pred[:, 0], target)
@@ -143,7 +144,7 @@ def exception_cases(function):
 
 
 @pytest.mark.parametrize("function", [iou_at_thresholds, best_iou_threshold, IoUThresholdSearch])
-def test_minus_100_is_ignored_unless_asked_otherwise(function):
+def test_convention_ignore_index_default(function):
     assert inspect.signature(function).parameters["ignore_index"].default == -100
 
 
@@ -167,7 +168,7 @@ class TestIoUAtThresholds(BaseTester):
             assert (iou == 1).all()
 
     def test_exception(self):
-        exception_cases(lambda pred, target, **options: iou_at_thresholds(pred, target, torch.zeros(3), **options))
+        check_exceptions(lambda pred, target, **options: iou_at_thresholds(pred, target, torch.zeros(3), **options))
         pred, target = make_inputs("cpu", torch.float32)
         with pytest.raises(ShapeError, match="expected 1 dimensions, got 0"):
             iou_at_thresholds(pred, target, torch.tensor(0.0))
@@ -176,14 +177,14 @@ class TestIoUAtThresholds(BaseTester):
         with pytest.raises(TypeCheckError, match=r"thresholds must be Tensor\."):
             iou_at_thresholds(pred, target, [0.0, 1.0])
         with pytest.raises(TypeError):
-            iou_at_thresholds(pred, target, torch.zeros(3), 255)  # the option is keyword-only
+            iou_at_thresholds(pred, target, torch.zeros(3), 255)  # ignore_index is keyword-only
 
     @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.4, 1.0])
     @pytest.mark.parametrize("function", [iou_at_thresholds, search_iou])
     def test_feature_oracle(self, device, dtype, fraction, function):
         pred, target = make_inputs(device, dtype, fraction=fraction)
         thresholds = torch.arange(-30, 31, device=device) / 8
-        thresholds = thresholds[torch.randperm(61, device=device)].repeat(2)  # in any order, repeated
+        thresholds = thresholds[torch.randperm(61, device=device)].repeat(2)  # neither sorted nor unique
         actual = function(pred, target, thresholds)
         pixels = pixels_of(pred, target, None)
         expected = [float(oracle(pixels, t)) for t in thresholds.tolist()]
@@ -191,6 +192,8 @@ class TestIoUAtThresholds(BaseTester):
 
     @pytest.mark.parametrize("threshold_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_feature_odd_numbers(self, device, dtype, threshold_dtype):
+        if threshold_dtype == torch.float64:
+            threshold_dtype = widest_dtype(device)
         thresholds = torch.tensor(ODD, dtype=torch.float64).to(device, threshold_dtype)
         for seed in range(12):
             pred, target = make_odd_inputs(device, dtype, seed)
@@ -200,8 +203,8 @@ class TestIoUAtThresholds(BaseTester):
             self.assert_close(actual, torch.tensor(expected, device=device, dtype=actual.dtype), rtol=2e-7, atol=0.0)
 
     @pytest.mark.usefixtures("large_pieces")
-    def test_feature_same_as_loop(self, device, dtype):
-        # thresholds that fall between, on and next to the logits of a large input
+    def test_feature_large_input(self, device, dtype):
+        # Thresholds equal to logits, just below logits, and between logits.
         generator = torch.Generator().manual_seed(0)
         pred = (2 * torch.randn(1, 1, 120, 200, generator=generator, dtype=torch.float64)).to(device, dtype)
         target = (torch.rand(1, 120, 200, generator=generator) < pred[:, 0].cpu().double().sigmoid()).to(device)
@@ -209,14 +212,15 @@ class TestIoUAtThresholds(BaseTester):
         on = logits[torch.randperm(len(logits), generator=generator)[:200].to(device)]
         thresholds = torch.cat([on, on.nextafter(torch.full_like(on, -INF)), torch.linspace(-4, 4, 50).to(on)])
         predicted, foreground = logits > thresholds[:, None], target.flatten()
-        expected = (predicted & foreground).sum(1).double() / (predicted | foreground).sum(1)
-        self.assert_close(iou_at_thresholds(pred, target, thresholds).double(), expected, rtol=2e-7, atol=0.0)
+        expected = (predicted & foreground).sum(1).cpu().double() / (predicted | foreground).sum(1).cpu()
+        actual = iou_at_thresholds(pred, target, thresholds).cpu().double()
+        self.assert_close(actual, expected, rtol=2e-7, atol=0.0)
 
     def test_feature_empty_mask(self, device, dtype):
         pred, target = make_inputs(device, dtype, fraction=0.0)
         thresholds = torch.stack([pred.float().max(), pred.float().max() - 0.01, pred.new_tensor(-INF).float()])
         assert iou_at_thresholds(pred, target, thresholds).tolist() == [1, 0, 0]
-        # the losses and the mean IoU take an empty union for a right prediction, too
+        # The losses and mean_iou also count an empty union as a right prediction.
         assert lovasz_hinge_loss(torch.full_like(pred, -1.0), target) == 0
         assert mean_iou(target, target, 2)[0, 1] == 1
 
@@ -225,7 +229,7 @@ class TestIoUAtThresholds(BaseTester):
         pred[0, 0, 0, 0] = NAN
         thresholds = torch.tensor([-1.0, 0.0, INF], device=device)
         assert iou_at_thresholds(pred, target, thresholds).isnan().all()
-        assert iou_at_thresholds(-pred, target, thresholds).isnan().all()  # the other sign of nan
+        assert iou_at_thresholds(-pred, target, thresholds).isnan().all()  # nan with the other sign bit
         target[0, 0, 0] = -100
         assert not iou_at_thresholds(pred, target, thresholds).isnan().any()
 
@@ -238,10 +242,10 @@ class TestIoUAtThresholds(BaseTester):
         self.assert_close(actual[~actual.isnan()], expected[~actual.isnan()], rtol=0.0, atol=0.0)
 
     @pytest.mark.parametrize("ignore_index", [-100, 255, 0, 1])
-    def test_feature_ignored_pixels_do_not_exist(self, device, dtype, ignore_index):
+    def test_feature_ignore_index(self, device, dtype, ignore_index):
         pred, target = make_inputs(device, dtype, (2, 3, 8))
         target[:, :, 5:] = ignore_index
-        if ignore_index in (0, 1):  # leave no other pixel with the ignored label
+        if ignore_index in (0, 1):  # no pixel of the other columns may have the ignored label
             target[:, :, :5] = 1 - ignore_index
         pred[..., 5], pred[..., 6] = NAN, INF
         thresholds = torch.tensor([-1.0, 0.0, 1.0, INF], device=device)
@@ -256,6 +260,8 @@ class TestIoUAtThresholds(BaseTester):
 
     @pytest.mark.parametrize("label_dtype", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float64])
     def test_feature_label_dtypes(self, device, dtype, label_dtype):
+        if label_dtype == torch.float64:
+            label_dtype = widest_dtype(device)
         pred, target = make_inputs(device, dtype)
         thresholds = torch.tensor([-1.0, 0.0, 1.0], device=device)
         actual = iou_at_thresholds(pred, target.to(label_dtype), thresholds)
@@ -329,7 +335,7 @@ class TestCompiled(BaseTester):
 
 class TestBestIoUThreshold(BaseTester):
     def check(self, pred, target, ignore_index=None):
-        """Compare with all thresholds there are."""
+        """Compare with the best of all thresholds, and check which of the best thresholds is returned."""
         threshold, iou = best_iou_threshold(pred, target, ignore_index=ignore_index)
         assert threshold.shape == iou.shape == ()
         assert threshold.dtype == (pred.dtype if pred.is_floating_point() else torch.float32)
@@ -338,7 +344,7 @@ class TestBestIoUThreshold(BaseTester):
         pixels = pixels_of(pred, target, ignore_index)
         best, intervals = oracle_intervals(pixels)
         assert iou.item() == pytest.approx(float(best), rel=1e-15 if iou.dtype == torch.float64 else 2e-7)
-        # what the user gets by comparing in the dtype of pred
+        # A comparison in the dtype of pred gives this IoU.
         predicted, foreground = (pred > threshold)[:, 0], target == 1
         valid = torch.ones_like(foreground) if ignore_index is None else target != ignore_index
         intersection, union = (predicted & foreground & valid).sum(), ((predicted | foreground) & valid).sum()
@@ -369,9 +375,9 @@ class TestBestIoUThreshold(BaseTester):
         self.check(*make_inputs(device, dtype, shape))
 
     def test_exception(self):
-        exception_cases(best_iou_threshold)
+        check_exceptions(best_iou_threshold)
         with pytest.raises(TypeError):
-            best_iou_threshold(*make_inputs("cpu", torch.float32), 255)  # the option is keyword-only
+            best_iou_threshold(*make_inputs("cpu", torch.float32), 255)  # ignore_index is keyword-only
 
     @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.4, 1.0])
     def test_feature_oracle(self, device, dtype, fraction):
@@ -390,22 +396,22 @@ class TestBestIoUThreshold(BaseTester):
     @pytest.mark.usefixtures("large_pieces")
     @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
     def test_feature_large_input(self, device, dtype, scale):
-        # few or many logits share their upper bits; the optimum by sorting all of them
+        # Depending on the scale, few or many logits share their upper bits. The expected optimum comes from sorting.
         generator = torch.Generator().manual_seed(0)
         target = torch.rand(1, 200, 300, generator=generator) < 0.2
         target[..., 0] = False
         noise = torch.randn(1, 1, 200, 300, generator=generator, dtype=torch.float64)
         pred = (3 + scale * (noise + 2 * target[:, None])).to(device, dtype)
-        pred[..., 0] = -1e4  # background for sure
-        target = target.to(device)
-        values, order = pred.flatten().sort(descending=True)
+        pred[..., 0] = -1e4  # so that the optimum does not predict all pixels
+        values, order = pred.cpu().flatten().sort(descending=True)
         hits = target.flatten()[order].double().cumsum(0)
-        iou = hits / (target.sum() + torch.arange(1, len(hits) + 1, device=device) - hits)
+        iou = hits / (target.sum() + torch.arange(1, len(hits) + 1) - hits)
         iou[:-1][values[1:] == values[:-1]] = 0.0
+        target = target.to(device)
         threshold, best = best_iou_threshold(pred, target)
-        self.assert_close(best.double(), iou.max(), rtol=1e-7, atol=0.0)
+        self.assert_close(best.cpu().double(), iou.max(), rtol=1e-7, atol=0.0)
         self.assert_close(iou_at_thresholds(pred, target, threshold[None])[0], best, rtol=0.0, atol=0.0)
-        assert values[iou.argmax() + 1] <= threshold < values[iou.argmax()]
+        assert values[iou.argmax() + 1] <= threshold.cpu() < values[iou.argmax()]
 
     def test_feature_middle(self, device, dtype):
         pred = torch.tensor([[[[-3.0, -1.0, 0.5, 4.0]]]], device=device, dtype=dtype)
@@ -414,12 +420,12 @@ class TestBestIoUThreshold(BaseTester):
         target = torch.tensor([[[0, 0, 1, 1]]], device=device)
         threshold, iou = best_iou_threshold(pred, target)
         assert (threshold.item(), iou.item()) == (-0.25, pytest.approx(2 / 3))
-        # 1/2 of above 0.5, and 2/4 of all that is not below it: the optimum reaches from -1 to 4
+        # The IoU is 1/2 for thresholds in [0.5, 4) and 2/4 in [-1, 0.5), so the interval of the best is [-1, 4).
         pred = torch.tensor([[[[-1.0, 0.5, 0.5, 0.5, 4.0]]]], device=device, dtype=dtype)
         assert best_iou_threshold(pred, torch.tensor([[[0, 1, 0, 0, 1]]], device=device))[0] == 1.5
 
     def test_feature_widest(self, device, dtype):
-        # 1/2 of above 7, 2/4 of above 5 but not of above 6: two intervals, [6, 7) wide and [1, 5) wider
+        # The IoU is 1/2 for thresholds in [6, 7) and 2/4 in [1, 5), which is the wider interval.
         pred = torch.tensor([[[[7.0, 6.0, 5.0, 5.0, 1.0, 1.0, 1.0]]]], device=device, dtype=dtype)
         target = torch.tensor([[[1, 0, 1, 0, 0, 0, 0]]], device=device)
         pixels = pixels_of(pred, target, None)
@@ -429,24 +435,24 @@ class TestBestIoUThreshold(BaseTester):
     @pytest.mark.parametrize(
         ("values", "labels", "expected"),
         [
-            ([-2.0, -1.0], [0, 0], 0.0),  # nothing to predict, and 0 predicts nothing
+            ([-2.0, -1.0], [0, 0], 0.0),  # no foreground, and the threshold 0 predicts none
             ([-2.0, 3.0], [0, 0], 4.0),
-            ([2.0, 3.0], [1, 1], 0.0),  # everything to predict, and 0 predicts everything
+            ([2.0, 3.0], [1, 1], 0.0),  # all foreground, and the threshold 0 predicts all of it
             ([-2.0, 3.0], [1, 1], -3.0),
-            ([0.0, 3.0], [1, 1], -1.0),  # 0 does not predict a logit of 0
+            ([0.0, 3.0], [1, 1], -1.0),  # the threshold 0 does not predict a logit of 0
             ([-2.0, 3.0], [-100, -100], 0.0),
-            ([-INF, -INF], [1, 0], 0.0),  # nothing can be predicted
+            ([-INF, -INF], [1, 0], 0.0),  # no threshold predicts any foreground
             ([INF, INF], [1, 0], 0.0),
             ([INF, INF], [0, 0], INF),
         ],
     )
-    def test_feature_interval_without_end(self, device, dtype, values, labels, expected):
+    def test_feature_unbounded_interval(self, device, dtype, values, labels, expected):
         pred = torch.tensor(values, device=device, dtype=dtype).reshape(1, 1, 1, 2)
         target = torch.tensor(labels, device=device).reshape(1, 1, 2)
         assert self.check(pred, target, ignore_index=-100) == expected
 
-    def test_feature_no_number_below(self, device, dtype):
-        # 1 below the end is the end itself
+    def test_feature_huge_negative_logits(self, device, dtype):
+        # The logit is so large that subtracting 1 does not change it.
         value = -1 / torch.finfo(dtype).eps * 4
         pred = torch.full((1, 1, 1, 2), value, device=device, dtype=dtype)
         threshold, iou = best_iou_threshold(pred, torch.ones(1, 1, 2, device=device))
@@ -465,7 +471,7 @@ class TestBestIoUThreshold(BaseTester):
         self.check(pred, target, ignore_index=255)
 
     @pytest.mark.parametrize("ignore_index", [-100, 255, 0, 1])
-    def test_feature_ignored_pixels_do_not_exist(self, device, dtype, ignore_index):
+    def test_feature_ignore_index(self, device, dtype, ignore_index):
         pred, target = make_inputs(device, dtype, (2, 3, 8))
         target[:, :, 5:] = ignore_index
         if ignore_index in (0, 1):
@@ -485,7 +491,7 @@ class TestBestIoUThreshold(BaseTester):
 
 
 def search_on_rank(rank: int, folder: str) -> None:
-    """One of two processes: the first has two thirds of the images, the second the rest and then none."""
+    """Run one of two processes. The first counts two of three images, the second counts one and resets in the end."""
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
@@ -526,8 +532,8 @@ class TestIoUThresholdSearch(BaseTester):
             IoUThresholdSearch(ignore_index=wrong)
 
     @pytest.mark.parametrize(("logit", "end"), [(-3.0, "smallest"), (0.0, None), (3.0, "largest")])
-    def test_feature_warns_at_the_edge(self, logit, end, device, dtype):
-        # the foreground is what is above a logit: below the grid, inside it, or above it
+    def test_feature_warning_at_the_edge(self, logit, end, device, dtype):
+        # Pixels above the given logit are foreground. The logit is below the grid, inside it, or above it.
         pred = torch.linspace(-4, 4, 81, device=device, dtype=dtype)
         target = (pred > logit + 0.05).long()
         search = IoUThresholdSearch(torch.linspace(-1, 1, 9, device=device))
@@ -538,24 +544,24 @@ class TestIoUThresholdSearch(BaseTester):
         assert [end in str(warning.message) for warning in caught] == [True] * (end is not None)
         assert all(warning.filename == __file__ for warning in caught)
 
-    def test_feature_silent_where_nothing_is_better(self, device, dtype):
+    def test_feature_no_warning_for_perfect_iou(self, device, dtype):
         search = IoUThresholdSearch()
         search.update(torch.ones(1, 1, 2, 2, device=device, dtype=dtype), torch.ones(1, 2, 2, device=device))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert search.compute()[1] == 1
 
-    def test_threshold_of_another_precision(self, device, dtype):
-        """The threshold is applied as its docstring says, to logits that are, or are not, of its dtype."""
+    def test_feature_threshold_dtype(self, device, dtype):
+        """``pred > threshold`` has the IoU that is returned, whether or not both have the same dtype."""
         pred = torch.full((1, 1, 2, 2), 0.1, device=device, dtype=dtype)
         target = torch.ones(1, 2, 2, dtype=torch.long, device=device)
-        for threshold_dtype in (torch.float32, torch.float64):
+        for threshold_dtype in (torch.float32, widest_dtype(device)):
             for value in (0.1, float(pred[0, 0, 0, 0])):
                 search = IoUThresholdSearch(torch.tensor([value], dtype=threshold_dtype, device=device))
                 search.update(pred, target)
                 threshold, iou = search.compute()
                 predicted = pred > threshold.view(1)
-                assert iou == predicted.double().mean()
+                assert iou == predicted.float().mean()
 
     @pytest.mark.parametrize("count", [1, 2, 7])
     def test_cardinality(self, device, dtype, count):
@@ -588,7 +594,7 @@ class TestIoUThresholdSearch(BaseTester):
         assert repr(search) == expected
 
     def test_exception(self):
-        exception_cases(lambda pred, target, **options: IoUThresholdSearch(**options).update(pred, target))
+        check_exceptions(lambda pred, target, **options: IoUThresholdSearch(**options).update(pred, target))
         with pytest.raises(ShapeError, match="expected 1 dimensions, got 2"):
             IoUThresholdSearch(torch.zeros(2, 3))
         with pytest.raises(TypeCheckError, match=r"thresholds must be Tensor or None\."):
@@ -599,9 +605,9 @@ class TestIoUThresholdSearch(BaseTester):
             ):
                 IoUThresholdSearch(thresholds)
         with pytest.raises(TypeError):
-            IoUThresholdSearch(None, 255)  # the option is keyword-only
+            IoUThresholdSearch(None, 255)  # ignore_index is keyword-only
 
-    def test_exception_leaves_the_counts(self, device, dtype):
+    def test_exception_keeps_the_counts(self, device, dtype):
         pred, target = make_inputs(device, dtype)
         search = IoUThresholdSearch()
         search.update(pred, target)
@@ -624,7 +630,7 @@ class TestIoUThresholdSearch(BaseTester):
         with pytest.raises(RuntimeError, match="no valid pixel has been counted"):
             search.compute()
 
-    def test_feature_batches_add_up(self, device, dtype):
+    def test_feature_several_batches(self, device, dtype):
         pred, target = make_inputs(device, dtype, (5, 4, 6))
         target[1, 2] = 7
         thresholds = torch.tensor([1.0, -1.0, 0.25], device=device)
@@ -678,9 +684,9 @@ class TestIoUThresholdSearch(BaseTester):
     @pytest.mark.parametrize(
         ("thresholds", "expected"),
         [
-            ([3.0, 0.0, 1.0, 2.0, -1.0], 1.0),  # 0, 1 and 2 are equally good
+            ([3.0, 0.0, 1.0, 2.0, -1.0], 1.0),  # the middle of 0, 1 and 2
             ([0.0, 3.0, 2.0, -1.0, 1.0, -0.5], 1.0),
-            ([-0.5, 2.0, 0.0, 1.0], 1.0),  # of 0 and 1 the larger
+            ([-0.5, 2.0, 0.0, 1.0], 1.0),
             ([-1.0, 3.0, 2.0], 2.0),
         ],
     )
@@ -692,14 +698,14 @@ class TestIoUThresholdSearch(BaseTester):
         assert (threshold.item(), iou.item()) == (expected, 1.0)
 
     def test_feature_widest_of_grid(self, device, dtype):
-        # 1/2 at 5 and 4, 1/3 at 0, and 2/4 at -inf
+        # The IoU is 1/2 at the thresholds 5 and 4, 1/3 at 0, and 2/4 at -inf.
         pred = torch.tensor([[[[6.0, 2.0, -3.0, -3.0]]]], device=device, dtype=dtype)
         search = IoUThresholdSearch(torch.tensor([-INF, 5.0, 0.0, -INF, 4.0], device=device))
         search.update(pred, torch.tensor([[[1, 0, 1, 0]]], device=device))
         assert search.compute()[0] == 5
 
     def test_feature_near_tie(self, device):
-        # 1 - 2^-25 and 1 - 2^-26 are one number in float32
+        # The two IoUs differ, but are equal in float32.
         search = IoUThresholdSearch(torch.tensor([0.0, 1.0], device=device))
         search.counts = torch.tensor([[9, 0, 2, 1], [2**26, 0, 2**26 - 1, 2**26 - 1]], device=device)
         assert search.compute()[0] == 1
@@ -720,7 +726,7 @@ class TestIoUThresholdSearch(BaseTester):
         search.update(pred.nan_to_num(), target)
         assert not any(each.isnan() for each in search.compute())
 
-    def test_feature_keeps_its_thresholds(self):
+    def test_feature_thresholds_are_copied(self):
         thresholds = torch.tensor([0.0, 1.0], requires_grad=True)
         search = IoUThresholdSearch(thresholds)
         with torch.no_grad():
@@ -730,7 +736,7 @@ class TestIoUThresholdSearch(BaseTester):
 
     @in_one_form
     @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-    def test_feature_processes_add_up(self, tmp_path):
+    def test_feature_process_group(self, tmp_path):
         torch.multiprocessing.spawn(search_on_rank, (str(tmp_path),), nprocs=2)
         pred, target = make_inputs("cpu", torch.float32, (3, 5, 7))
         together, first_only = IoUThresholdSearch(), IoUThresholdSearch()
