@@ -25,7 +25,7 @@ from string import Template
 from typing import Any
 
 from benchmarks import tables
-from fork import step_times
+from fork import step_sizes, step_times
 from fork.compose import edit_file, fetch_release, read_series
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +40,7 @@ class Step:
 
     name: str
     title: str
+    callers: str
     files: list[str]
     proof: list[str] = field(default_factory=list)
     edits: list[dict[str, Any]] = field(default_factory=list)
@@ -221,7 +222,7 @@ def read_text(root: Path, step: Step) -> str:
     return (root / "fork" / "upstream" / f"{step.name}.md").read_text(encoding="utf-8")
 
 
-def write_text(root: Path, step: Step, facts: dict[str, str], out: Path) -> None:
+def write_text(root: Path, step: Step, facts: dict[str, Any], out: Path) -> None:
     """Write the text of the pull request of a step, with what was measured and tested."""
     body = Template(read_text(root, step)).substitute(facts)
     # In a pull request a line break is shown as one, so the lines of a paragraph or list item are joined.
@@ -234,7 +235,8 @@ def write_text(root: Path, step: Step, facts: dict[str, str], out: Path) -> None
         f"the number of the pull request in the names of {fragments}, for the `+`",
     )
     boxes = "".join(f"- [ ] {row}\n" for row in left)
-    out.write_text(f"# {step.title}\n\n{body}\n\n## Before it is opened\n\n{boxes}", encoding="utf-8")
+    size = f"Size: {facts['size']}. For callers: {step.callers}.".replace("``", "`")
+    out.write_text(f"# {step.title}\n\n{body}\n\n{size}\n\n## Before it is opened\n\n{boxes}", encoding="utf-8")
 
 
 def measured() -> dict[str, str]:
@@ -319,12 +321,12 @@ def write_series(root: Path, out: Path, *, checkout: Path | None = None, test: b
         patches = write_patches(root, steps, base, out)
     numbers, results = measured(), json.loads(step_times.FILE.read_text(encoding="utf-8"))
     numbers["errors"] = step_times.table_of_errors(results)
-    for step, patch, tested in zip(steps, patches, said):
+    for step, size, patch, tested in zip(steps, step_sizes.sizes(steps), patches, said):
         for edit in step.edits:
             if edit["file"].startswith("docs/") and not checkout:
                 lines = ", ".join(f"`{line}`" for line in edit["lines"])
                 tested += f"\n\nThe patch lacks {lines} in `{edit['file']}`: `make patch KORNIA=<checkout>` adds that."
-        facts = {"tests": tested, "times": step_times.table_of_times(results, step.name), **numbers}
+        facts = {"size": size, "tests": tested, "times": step_times.table_of_times(results, step.name), **numbers}
         write_text(root, step, facts, patch.with_suffix(".md"))
     return patches
 

@@ -190,7 +190,7 @@ def small(tmp_path):
     (tmp_path / "tests").mkdir()
     shutil.copy(test, tmp_path / "tests")
     texts = {"kornia/__init__.py": package.read_text(), "tests/test_value.py": test.read_text()}
-    return Step("value", "two", [], proof=["tests/test_value.py"], texts=texts), tmp_path
+    return Step("value", "two", "nothing", [], proof=["tests/test_value.py"], texts=texts), tmp_path
 
 
 def test_tests_of_a_step(small):
@@ -366,7 +366,7 @@ def test_texts_say_what_was_measured(series):
         assert ("| release | before | after |" in text) == ("$times" in read_text(ROOT, step))
         assert step_times.table_of_times(results, step.name) in text or "$times" not in read_text(ROOT, step)
     for device in ("cpu", "cuda"):
-        assert [step.name for step, text in zip(STEPS, texts) if tables.claim(device) in text] == ["lovasz-cpu"]
+        assert [step.name for step, text in zip(STEPS, texts) if tables.claim(device) in text] == ["lovasz-cpu-softmax"]
 
 
 def test_texts_name_what_is_there():

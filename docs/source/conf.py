@@ -9,7 +9,7 @@ from docutils import nodes
 
 SOURCE = Path(__file__).parent
 ROOT = SOURCE.parents[1]
-sys.path[:0] = [str(SOURCE), str(ROOT / "benchmarks"), str(ROOT / "examples")]
+sys.path[:0] = [str(SOURCE), str(ROOT / "benchmarks"), str(ROOT / "examples"), str(ROOT)]
 
 import evidence_table  # noqa: E402 - found through the line above
 import figures  # noqa: E402 - as well
@@ -18,11 +18,14 @@ import multilabel  # noqa: E402 - as well
 import tables  # noqa: E402 - as well
 import your_data  # noqa: E402 - as well
 
+from fork import patch, step_sizes  # noqa: E402 - as well
+
 figures.draw_all(SOURCE / "_generated")
 formulas.write_font(SOURCE / "_generated" / "static" / "stix-two-math.woff")
 evidence_table.write_docs(SOURCE / "_generated")
 tables.write_docs(SOURCE / "_generated")
-for name, table in (("multilabel", multilabel.table()), ("your_data", your_data.table())):
+series = step_sizes.table(patch.read_steps(ROOT))
+for name, table in (("multilabel", multilabel.table()), ("your_data", your_data.table()), ("series", series)):
     (SOURCE / "_generated" / f"{name}.rst").write_text(table, encoding="utf-8")
 
 pyproject = tomllib.loads((SOURCE / "../../pyproject.toml").read_text(encoding="utf-8"))
