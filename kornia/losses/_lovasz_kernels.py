@@ -6,8 +6,8 @@ Each program handles a *tile*: all classes of some pixels of one image. Every ke
 from the logits, because reading logits is cheaper than writing errors and reading them back. A *row* is one class in
 one group, and the *place* of a pixel is its index in the group.
 
-Programs update shared memory locations by integer atomics only. A sum of integers is the same in any order, so every
-run gives the same result. No program waits for another: each kernel reads what earlier kernels have written.
+Programs exchange data only through integer atomics in global memory. A sum of integers is the same in any order, so
+every run gives the same result. No program waits for another: each kernel reads what earlier kernels have written.
 """
 
 import triton
