@@ -1,8 +1,8 @@
 """Write the fork as a patch series against the source of the release, with a text for each pull request.
 
-``make patch`` writes ``dist/upstream/``: for each step of ``fork/upstream/series.toml`` a patch for ``git am`` or
-``git apply``, and beside it the text of its pull request. ``make patch-test`` also runs the tests of each step on the
-tree that it leaves, and writes what they said into the text.
+For each step of ``fork/upstream/series.toml``, ``make patch`` writes a patch for ``git am`` or ``git apply``, and the
+text of its pull request, to ``dist/upstream/``. ``make patch-test`` also runs the tests of each step on the tree after
+the step, and writes the outcome into the text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fork.compose import edit_file, fetch_release, read_series
 
 ROOT = Path(__file__).resolve().parents[1]
 LICENCE_LINE = "# SPDX-License-Identifier: Apache-2.0\n"
-# Without this variable Kornia leaves out the tests of torch.compile.
+# Kornia runs its tests of torch.compile only if this variable is set.
 OPTIMIZER = "KORNIA_TEST_OPTIMIZER"
 
 
@@ -46,7 +46,7 @@ class Step:
     edits: list[dict[str, Any]] = field(default_factory=list)
     absent: list[dict[str, Any]] = field(default_factory=list)
 
-    # The text of each file that it adds or changes, by path; filled in by `read_steps`.
+    # Path and text of each file that the step adds or changes, set by `read_steps`.
     texts: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -61,11 +61,11 @@ class Step:
 
 
 def read_steps(root: Path) -> list[Step]:
-    """Return the steps, each with what it adds or changes.
+    """Return the steps, each with the files that it adds or changes.
 
     Raises:
-        RuntimeError: a file belongs to no step, a step has no file, or a pattern of a step matches nothing. The message
-            is one sentence.
+        RuntimeError: if a file belongs to no step, a step has no file, or a pattern of a step matches nothing. The
+            message is one sentence.
     """
     texts = root / "fork" / "upstream"
     series = read_series(root)
@@ -91,14 +91,14 @@ def read_steps(root: Path) -> list[Step]:
     for step in steps:
         if not step.texts:
             raise RuntimeError(f"The step {step.name!r} has no file: correct its patterns in {texts / 'series.toml'}.")
-        # Without the number of a pull request, which is not known yet, Kornia wants a leading "+".
+        # Kornia asks for a leading "+" as long as the number of the pull request is not known.
         fragments = sorted(texts.glob(f"{step.name}.*.md"))
         step.texts |= {f"changelog.d/+{path.name}": path.read_text(encoding="utf-8") for path in fragments}
     return steps
 
 
 def take_away(step: Step, path: str, text: str, unused: set[tuple[str, str]]) -> str:
-    """A file as it is before a step; the patterns that match are no longer unused."""
+    """Return the text of a file before a step, and remove the patterns that match from ``unused``."""
     result = text
     for rule in step.absent:
         if any(fnmatchcase(path, pattern) for pattern in rule["files"]):
@@ -111,13 +111,13 @@ def take_away(step: Step, path: str, text: str, unused: set[tuple[str, str]]) ->
 
 @cache
 def tidy(text: str, path: str) -> str:
-    """Without imports that nothing uses, and formatted."""
+    """Remove unused imports, and format."""
     ruff = [sys.executable, "-m", "ruff"]
     for command in (["check", "--fix-only", "--quiet", "--select", "F401,I001"], ["format"]):
         command = [*ruff, *command, "--stdin-filename", str(ROOT / path), "-"]
         result = subprocess.run(command, input=text, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
         if result.returncode:
-            raise RuntimeError(f"An older version of {path} is no Python: {result.stderr.strip()}")
+            raise RuntimeError(f"An older version of {path} is not valid Python: {result.stderr.strip()}")
         text = result.stdout
     return text
 
@@ -131,10 +131,10 @@ def unpack_source(root: Path, target: Path) -> None:
 
 
 def add_docs(checkout: Path, steps: list[Step], base: Path) -> None:
-    """Put the pages that the steps edit into ``base``, from a checkout, where the series shall apply.
+    """Copy the pages of the documentation that the steps edit from a checkout of Kornia to ``base``.
 
     Raises:
-        RuntimeError: the series would not apply there. The message is one sentence.
+        RuntimeError: if the series would not apply to the checkout. The message is one sentence.
     """
     for path in sorted({path for step in steps for path in [*step.modules, *(each["file"] for each in step.edits)]}):
         ours, theirs = base / path, checkout / path
@@ -150,12 +150,12 @@ def add_docs(checkout: Path, steps: list[Step], base: Path) -> None:
 
 
 def apply_step(step: Step, tree: Path) -> None:
-    """Write what a step changes into a tree that has the steps before it.
+    """Apply a step to a tree that has all earlier steps.
 
-    Files get the licence header of the release's own files in place of our line, for a hook of Kornia asks for it.
+    The licence line of each file is replaced by the header of the release's files, which a hook of Kornia requires.
 
     Raises:
-        RuntimeError: a file lacks the licence line, or a line has no place. The message is one sentence.
+        RuntimeError: if a file lacks the licence line, or an edit does not apply. The message is one sentence.
     """
     lines = (tree / "kornia" / "__init__.py").read_text(encoding="utf-8").splitlines(keepends=True)
     header = "".join(lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))])
@@ -167,7 +167,7 @@ def apply_step(step: Step, tree: Path) -> None:
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_text(text, encoding="utf-8")
     for edit in step.edits:
-        if (tree / edit["file"]).is_file():  # pages of the documentation are there if a checkout was given
+        if (tree / edit["file"]).is_file():  # pages of the documentation exist only if a checkout was given
             edit_file(tree / edit["file"], edit)
 
 
@@ -175,7 +175,7 @@ def git(folder: Path, *arguments: str, environment: dict[str, str] | None = None
     """Run git in a folder and return what it prints.
 
     Raises:
-        RuntimeError: git failed. The message holds what it said.
+        RuntimeError: if git fails. The message contains its error output.
     """
     command = ["git", "-c", "core.autocrlf=false", *arguments]
     variables = {**os.environ, **(environment or {})}
@@ -186,7 +186,7 @@ def git(folder: Path, *arguments: str, environment: dict[str, str] | None = None
 
 
 def write_patches(root: Path, steps: list[Step], base: Path, out: Path) -> list[Path]:
-    """Write a patch for each step against ``base``, which becomes the result, and return their files."""
+    """Apply the steps to ``base``, write a patch for each, and return the paths of the patches."""
     identity = git(root, "log", "-1", "--format=%an%n%ae%n%aI").splitlines()
     environment = {
         f"GIT_{role}_{what}": value
@@ -218,29 +218,29 @@ def write_patches(root: Path, steps: list[Step], base: Path, out: Path) -> list[
 
 
 def read_text(root: Path, step: Step) -> str:
-    """The text of a step as it is kept, with names for what is filled in."""
+    """Return the text of a step, with placeholders."""
     return (root / "fork" / "upstream" / f"{step.name}.md").read_text(encoding="utf-8")
 
 
 def write_text(root: Path, step: Step, facts: dict[str, Any], out: Path) -> None:
-    """Write the text of the pull request of a step, with what was measured and tested."""
+    """Write the text of the pull request of a step, with measured numbers and results of tests."""
     body = Template(read_text(root, step)).substitute(facts)
-    # In a pull request a line break is shown as one, so the lines of a paragraph or list item are joined.
+    # GitHub shows each line break of a pull request text, so the lines of a paragraph or list item are joined.
     body = re.sub(r"(?<=[^\n|])\n *(?=[^\n #|-])", " ", body).strip()
     fragments = ", ".join(f"`{path}`" for path in step.texts if path.startswith("changelog.d/"))
     left = (
-        "an issue, opened early: Kornia asks for one where a change adds to its API or changes behaviour",
-        "which tests were run on your machine",
-        "a short word on how AI helped, if it did",
-        f"the number of the pull request in the names of {fragments}, for the `+`",
+        "open an issue early, which Kornia asks for if a change adds to its API or changes behaviour",
+        "say which tests you have run on your machine",
+        "say briefly how AI was used, if it was",
+        f"replace the `+` in the names of {fragments} by the number of the pull request",
     )
     boxes = "".join(f"- [ ] {row}\n" for row in left)
-    size = f"Size: {facts['size']}. For callers: {step.callers}.".replace("``", "`")
-    out.write_text(f"# {step.title}\n\n{body}\n\n{size}\n\n## Before it is opened\n\n{boxes}", encoding="utf-8")
+    size = f"Size: {facts['size']}."
+    out.write_text(f"# {step.title}\n\n{body}\n\n{size}\n\n## Before you open it\n\n{boxes}", encoding="utf-8")
 
 
 def measured() -> dict[str, str]:
-    """What `make bench` measured: the sentences on speed."""
+    """Return the sentences on speed, with the numbers that `make bench` measured."""
     return {"speed": "\n\n".join(tables.claim(device) for device in tables.DEVICES if tables.read(device))}
 
 
@@ -250,7 +250,7 @@ def measured() -> dict[str, str]:
 
 
 def run_tests(tree: Path, arguments: list[str]) -> tuple[int, str]:
-    """Run pytest in a tree, whose own ``kornia`` it imports, and return its status and how many tests ended how."""
+    """Run pytest with the ``kornia`` of a tree, and return the exit status and the summary, such as "2 passed"."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", *arguments]
     environment = {OPTIMIZER: "inductor", **os.environ, "PYTHONPATH": str(tree)}
     result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
@@ -259,10 +259,10 @@ def run_tests(tree: Path, arguments: list[str]) -> tuple[int, str]:
 
 
 def check_tests(step: Step, tree: Path) -> str:
-    """Run the tests of a step and the doctests of its files on the tree that it leaves, and return what they said.
+    """Run the tests of a step and the doctests of its files on the tree after the step, and return the summary.
 
     Raises:
-        RuntimeError: one fails.
+        RuntimeError: if a test fails.
     """
     status, said = run_tests(tree, [*step.tests, "--dtype", "all", "--doctest-modules", *step.modules])
     if status:
@@ -272,10 +272,10 @@ def check_tests(step: Step, tree: Path) -> str:
 
 
 def check_proof(step: Step, tree: Path) -> str:
-    """Run the tests that prove the need of a step on the tree before it, and return what they said.
+    """Run the tests that must fail without a step on the tree before it, and return the summary.
 
     Raises:
-        RuntimeError: none fails, or one does for another reason than its assertions.
+        RuntimeError: if no test fails, or if the tests cannot run.
     """
     for path in step.proof:
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +289,14 @@ def check_proof(step: Step, tree: Path) -> str:
 
 
 def check_series(root: Path, steps: list[Step], helpers: Path, *, proof_only: bool = False) -> list[str]:
-    """Check each step, with the test helpers of a Kornia checkout or ours of the same names; what the tests said."""
+    """Run the tests of each step, and return the summaries.
+
+    Args:
+        root: this repository.
+        steps: the steps.
+        helpers: the folder of ``testing/`` and ``conftest.py``: a checkout of Kornia, or this repository.
+        proof_only: run only the tests that must fail without a step.
+    """
     said = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "kornia")
@@ -306,9 +313,9 @@ def check_series(root: Path, steps: list[Step], helpers: Path, *, proof_only: bo
 
 
 def write_series(root: Path, out: Path, *, checkout: Path | None = None, test: bool = False) -> list[Path]:
-    """Write the patches and the texts of the pull requests into ``out``, which is made anew."""
+    """Write the patches and the texts of the pull requests to ``out``, after deleting its old content."""
     steps = read_steps(root)
-    said = ["`make patch-test` runs these tests and says here what came out."] * len(steps)
+    said = ["`make patch-test` runs these tests and writes the result here."] * len(steps)
     if test:
         said = check_series(root, steps, checkout or root)
     shutil.rmtree(out, ignore_errors=True)
@@ -325,7 +332,7 @@ def write_series(root: Path, out: Path, *, checkout: Path | None = None, test: b
         for edit in step.edits:
             if edit["file"].startswith("docs/") and not checkout:
                 lines = ", ".join(f"`{line}`" for line in edit["lines"])
-                tested += f"\n\nThe patch lacks {lines} in `{edit['file']}`: `make patch KORNIA=<checkout>` adds that."
+                tested += f"\n\nThe patch lacks {lines} in `{edit['file']}`: `make patch KORNIA=<checkout>` adds it."
         facts = {"size": size, "tests": tested, "times": step_times.table_of_times(results, step.name), **numbers}
         write_text(root, step, facts, patch.with_suffix(".md"))
     return patches
@@ -334,7 +341,7 @@ def write_series(root: Path, out: Path, *, checkout: Path | None = None, test: b
 def main() -> None:
     """Write the series."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kornia", type=Path, metavar="CHECKOUT", help="a checkout of Kornia, for its documentation")
+    parser.add_argument("--kornia", type=Path, metavar="CHECKOUT", help="a checkout of Kornia, to patch its pages")
     parser.add_argument("--test", action="store_true", help="run the tests of each step")
     parser.add_argument("--out", type=Path, default=ROOT / "dist" / "upstream", help="(default: %(default)s)")
     args = parser.parse_args()
@@ -343,7 +350,7 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(str(error))
     for patch in patches:
-        print(f"{patch}, and its text in {patch.with_suffix('.md').name}")
+        print(f"{patch}, with the text of the pull request in {patch.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":

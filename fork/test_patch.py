@@ -1,4 +1,4 @@
-"""The patch series: that it applies to the source of the release, and leaves the overlay and its tests there."""
+"""The patch series applies to the source of the release, and the result contains the overlay and its tests."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import tables
 from fork import step_times
-from fork.compose import compose, fetch_release, load_release_module
+from fork.compose import compose, fetch_release, load_release_module, read_series
 from fork.patch import (
     Step,
     apply_step,
@@ -52,7 +52,7 @@ def series(tmp_path_factory):
     (out / "0009-dropped.patch").touch()
     patches = write_series(ROOT, out)
     texts = [path.with_suffix(".md") for path in patches]
-    assert sorted(out.iterdir()) == sorted(patches + texts), "nothing is left of an older series"
+    assert sorted(out.iterdir()) == sorted(patches + texts), "files of an older series are left"
     return patches
 
 
@@ -78,14 +78,15 @@ def apply_all(series, tree, how):
 
 @pytest.fixture(scope="module")
 def expected(pristine, tmp_path_factory):
-    """The release, with what an installation holds, our tests and our fragments; the release's licence before ours."""
+    """The files after the last step: the release, the composed package, the tests and the changelog fragments."""
     composed = tmp_path_factory.mktemp("composed") / "fork"
     compose(fetch_release(ROOT), ROOT, composed)
     header = (pristine / "kornia" / "losses" / "__init__.py").read_bytes().split(b"\n\n")[0] + b"\n"
     assert header.count(b"\n") == header.count(b"#") > 10
     result = files(pristine) | {f"kornia/{name}": text for name, text in files(composed / "kornia").items()}
     sources = [path for folder in ("kornia", "tests") for path in (ROOT / folder).rglob("*.py")]
-    for path in [*sources, HELPERS]:
+    left_out = [ROOT / path for path in read_series(ROOT)["left_out"]]
+    for path in [*(path for path in sources if path not in left_out), HELPERS]:
         licence, text = path.read_bytes().split(b"\n", 1)
         assert licence == b"# SPDX-License-Identifier: Apache-2.0"
         result[path.relative_to(ROOT).as_posix()] = header + b"\n" + text.lstrip(b"\n")
@@ -106,14 +107,14 @@ def test_series_applies_to_the_source_of_the_release(series, pristine, expected,
         assert log == [*reversed([step.title for step in STEPS]), "release"]
 
 
-def test_series_is_the_same_each_time(series, tmp_path):
+def test_series_is_reproducible(series, tmp_path):
     again = write_series(ROOT, tmp_path)
     assert [file.read_bytes() for file in again] == [file.read_bytes() for file in series]
 
 
 @pytest.mark.parametrize("index", range(len(STEPS)), ids=NAMES)
-def test_step_holds_its_own_files(series, pristine, tmp_path, index):
-    """Each patch applies to what the ones before it leave, and touches the files of its step and no other."""
+def test_step_changes_its_own_files(series, pristine, tmp_path, index):
+    """Each patch applies after the earlier ones, and changes only the files of its step."""
     step = STEPS[index]
     numbers = subprocess.check_output(["git", "apply", "--numstat", str(series[index])], text=True, cwd=tmp_path)
     touched = {line.split("\t")[2] for line in numbers.splitlines()}
@@ -127,7 +128,7 @@ def test_step_holds_its_own_files(series, pristine, tmp_path, index):
 
 
 def test_first_step_is_small(series, tmp_path):
-    """Anyone can read it: the closed form, and a few lines in the two files of the losses."""
+    """It adds the closed form, and changes a few lines in the files of the two losses."""
     numbers = subprocess.check_output(["git", "apply", "--numstat", str(series[0])], text=True, cwd=tmp_path)
     rows = [line.split("\t") for line in numbers.splitlines()]
     changed = {path: int(added) + int(removed) for added, removed, path in rows if path.startswith("kornia/")}
@@ -141,15 +142,15 @@ def test_source_archive_holds_the_package_of_the_wheel(pristine):
     assert package.items() <= files(pristine).items()
 
 
-def test_tests_that_prove_the_need_fail_without_the_step_and_pass_with_it(pristine, tmp_path):
-    """They fail by their assertions, not for want of a name to import."""
+def test_proof_of_first_step(pristine, tmp_path):
+    """The tests of the first step fail without it, by their assertions and not by an import, and pass with it."""
     said = check_series(ROOT, STEPS[:1], ROOT)
     assert re.search(r"changed: \d+ passed", said[0])
     assert re.search(r"Without the change, `pytest .*` fails: \d+ failed", said[0])
 
 
 def test_first_step_changes_no_value(pristine, tmp_path):
-    """On images of few pixels the release is exact: values, gradients, dtypes."""
+    """On small images, where the release is exact, the first step keeps values, gradients and dtypes."""
     tree = shutil.copytree(pristine, tmp_path / "kornia")
     apply_step(STEPS[0], tree)
     code = """
@@ -181,7 +182,7 @@ torch.save(results, sys.argv[1])
 
 @pytest.fixture
 def small(tmp_path):
-    """A step with one test and one doctest, and its tree."""
+    """A step with one test and one doctest, and a tree that has it."""
     (tmp_path / "kornia").mkdir()
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--dtype')\n")
     package, test = tmp_path / "kornia" / "__init__.py", tmp_path / "test_value.py"
@@ -200,7 +201,7 @@ def test_tests_of_a_step(small):
     )
 
 
-def test_tests_of_a_step_that_fail(small):
+def test_failing_tests_of_a_step(small):
     step, tree = small
     (tree / "kornia" / "__init__.py").write_text("VALUE = 3\n")
     with pytest.raises(RuntimeError, match=r"After the step 'value', its tests do not pass: 1 failed\."):
@@ -215,7 +216,7 @@ def test_proof_of_a_step(small):
 
 
 @pytest.mark.parametrize(("package", "said"), [("VALUE = 2\n", "1 passed"), ("raise ImportError\n", "1 error")])
-def test_proof_that_passes_or_does_not_run(small, package, said):
+def test_exception_proof(small, package, said):
     step, tree = small
     (tree / "kornia" / "__init__.py").write_text(package)
     with pytest.raises(RuntimeError, match=rf"Without the step 'value', .* should run and fail: {said}"):
@@ -224,7 +225,7 @@ def test_proof_that_passes_or_does_not_run(small, package, said):
 
 @pytest.fixture
 def copy(tmp_path):
-    """What makes a series, to be spoilt."""
+    """A copy of the files that a series is made from, which tests may change."""
     folder = tmp_path / "copy"
     for name in ("kornia", "tests", "testing", "fork/upstream"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -235,21 +236,23 @@ def copy(tmp_path):
     return folder
 
 
-def test_file_without_a_step(copy):
+def test_exception_file_without_a_step(copy):
     (copy / "kornia" / "color").mkdir()
     (copy / "kornia" / "color" / "new.py").touch()
     with pytest.raises(RuntimeError, match=r"^kornia/color/new.py belongs to no step: add a pattern for it to "):
         read_steps(copy)
 
 
-def test_step_without_a_file(copy):
+def test_exception_step_without_a_file(copy):
     with (copy / "fork" / "upstream" / "series.toml").open("a") as file:
-        file.write('[[step]]\nname = "empty"\ntitle = "feat: nothing"\nfiles = ["kornia/nothing/*"]\n')
+        file.write(
+            '[[step]]\nname = "empty"\ntitle = "feat: nothing"\ncallers = "nothing"\nfiles = ["kornia/nothing/*"]\n'
+        )
     with pytest.raises(RuntimeError, match=r"^The step 'empty' has no file: "):
         read_steps(copy)
 
 
-def test_file_without_the_licence_line(copy, pristine, tmp_path):
+def test_exception_file_without_the_licence_line(copy, pristine, tmp_path):
     path = copy / "kornia" / "losses" / "_lovasz.py"
     path.write_text(path.read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8")
     step = next(step for step in read_steps(copy) if "kornia/losses/_lovasz.py" in step.texts)
@@ -259,7 +262,7 @@ def test_file_without_the_licence_line(copy, pristine, tmp_path):
 
 @pytest.fixture
 def checkout(pristine, tmp_path):
-    """A checkout of Kornia with two pages of its documentation, and the one on metrics."""
+    """A checkout of Kornia with two pages of its documentation, and the path of the page on metrics."""
     checkout = shutil.copytree(pristine, tmp_path / "checkout")
     page = checkout / "docs" / "source" / "metrics.rst"
     page.parent.mkdir(parents=True)
@@ -281,14 +284,14 @@ def test_documentation_of_a_checkout(copy, checkout):
     assert "The patch lacks" not in "".join(path.with_suffix(".md").read_text(encoding="utf-8") for path in patches)
 
 
-def test_checkout_without_the_page(copy, checkout):
+def test_exception_checkout_without_the_page(copy, checkout):
     checkout, page = checkout
     page.unlink()
     with pytest.raises(RuntimeError, match=r"^There is no file .*metrics.rst: give a checkout of Kornia's repo"):
         write_series(copy, copy / "dist", checkout=checkout)
 
 
-def test_checkout_of_another_release(copy, checkout):
+def test_exception_checkout_of_another_release(copy, checkout):
     checkout, _ = checkout
     (checkout / "kornia" / "losses" / "lovasz_hinge.py").write_text("# newer\n")
     with pytest.raises(RuntimeError, match=r"lovasz_hinge.py is not the file of the release.*: check out its tag\."):
@@ -297,7 +300,7 @@ def test_checkout_of_another_release(copy, checkout):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_changelog_fragments(pristine, name):
-    """Kornia's form: one of its types, no heading, no bullet."""
+    """Each fragment has the form that Kornia asks for: a known type, no heading and no bullet."""
     kinds = tomllib.loads((pristine / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["towncrier"]["type"]
     fragments = list((ROOT / "fork" / "upstream").glob(f"{name}.*.md"))
     assert fragments
@@ -331,14 +334,14 @@ def test_changelog_names_every_export(step):
 
 
 def test_steps_are_small(series, tmp_path):
-    """One concern each: what a reviewer reads of the package, documentation included."""
+    """No step adds more than 800 lines to the package, docstrings and comments included."""
     for path in series:
         numbers = subprocess.check_output(["git", "apply", "--numstat", str(path)], text=True, cwd=tmp_path)
         rows = [line.split("\t") for line in numbers.splitlines()]
         assert sum(int(added) for added, _, name in rows if name.startswith("kornia/")) <= 800, path
 
 
-def test_a_pattern_that_matches_nothing(copy):
+def test_exception_unused_pattern(copy):
     with (copy / "fork" / "upstream" / "series.toml").open("a") as file:
         file.write('[[step.absent]]\nfiles = ["kornia/*"]\npatterns = ["nowhere"]\n')
     with pytest.raises(RuntimeError, match=r"^'nowhere' of the step 'iou-threshold-search' matches nothing: correct "):
@@ -350,7 +353,7 @@ def test_text_of_the_pull_request(series, index):
     step, text = STEPS[index], series[index].with_suffix(".md").read_text(encoding="utf-8")
     assert text.startswith(f"# {step.title}\n\n")
     headings = [line for line in text.splitlines() if line.startswith("## ") and line != "## Evidence"]
-    assert headings == ["## Tests", "## What to look at", "## Before it is opened"]
+    assert headings == ["## What changes for callers", "## Tests", "## What to look at", "## Before you open it"]
     assert "$" not in text
     assert [path for path in step.texts if path.startswith("changelog.d/") and f"`{path}`" not in text] == []
     assert ("The patch lacks" in text) == any(edit["file"].startswith("docs/") for edit in step.edits)
@@ -358,7 +361,7 @@ def test_text_of_the_pull_request(series, index):
     assert not [line for part in paragraphs for line in part.splitlines() if re.match(r"  \S", line)], "lines joined"
 
 
-def test_texts_say_what_was_measured(series):
+def test_texts_contain_the_measurements(series):
     texts = [path.with_suffix(".md").read_text(encoding="utf-8") for path in series]
     results = json.loads(step_times.FILE.read_text(encoding="utf-8"))
     assert step_times.table_of_errors(results) in texts[0]
@@ -369,8 +372,8 @@ def test_texts_say_what_was_measured(series):
         assert [step.name for step, text in zip(STEPS, texts) if tables.claim(device) in text] == ["lovasz-cpu-softmax"]
 
 
-def test_texts_name_what_is_there():
-    """The private names that a reviewer is sent to have not been renamed since."""
+def test_texts_name_existing_functions():
+    """The private functions and classes that the texts mention exist."""
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kornia").rglob("*.py"))
     texts = [(ROOT / "fork" / "upstream" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES]
     named = {name for text in texts for name in re.findall(r"`(_\w+)(?:\.(?!py)\w+)?`", text)}
