@@ -1,6 +1,6 @@
-"""Compose an installable Kornia: the pinned release with this repository's files laid over it.
+"""Compose an installable Kornia: the files of the pinned release, and this repository's files in place of some of them.
 
-hatchling loads this file by its path and alone, so it imports nothing from its own folder.
+hatchling loads this file by its path, so it cannot import other files of its folder.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from packaging.requirements import Requirement
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
     from hatchling.metadata.plugin.interface import MetadataHookInterface
-except ImportError:  # benchmarks/gpu.py composes without building
+except ImportError:  # benchmarks/gpu.py does not need hatchling
     BuildHookInterface = MetadataHookInterface = object
 
-# The two files of a release: the name of each, and the option of pip that asks for it alone.
+# The two files of a release: name, and options for pip to download this file.
 FILES = {
     "wheel": ("kornia-{}-py3-none-any.whl", ["--only-binary=:all:"]),
     "sdist": ("kornia-{}.tar.gz", ["--no-binary=:all:", "--no-build-isolation"]),
@@ -36,18 +36,18 @@ FILES = {
 
 
 def read_series(root: Path) -> dict[str, Any]:
-    """Return what ``fork/upstream/series.toml`` says, which also explains it."""
+    """Return the content of ``fork/upstream/series.toml``. Its comments explain the format."""
     return tomllib.loads((root / "fork" / "upstream" / "series.toml").read_text(encoding="utf-8"))
 
 
 def fetch_release(root: Path, kind: str = "wheel") -> Path:
-    """Return the release's wheel or sdist, as pinned under ``[tool.fork]`` in ``root/pyproject.toml``, sha256 checked.
+    """Return the path of the wheel or sdist of the release that ``[tool.fork]`` in ``root/pyproject.toml`` pins.
 
-    It is the file that ``KORNIA_RELEASE_WHEEL`` or ``KORNIA_RELEASE_SDIST`` names, else the one kept in ``root/build``
-    from an earlier call, else pip downloads it there.
+    If ``KORNIA_RELEASE_WHEEL`` or ``KORNIA_RELEASE_SDIST`` is set, use that file. Otherwise use the file in
+    ``root/build``, and download it with pip if it does not exist yet. The sha256 of the file is checked.
 
     Raises:
-        RuntimeError: there is no such file, or it is not the pinned one. The message is one sentence for the user.
+        RuntimeError: if the file does not exist or is not the pinned one. The message is one sentence for the user.
     """
     pin = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["fork"]
     name, options = FILES[kind]
@@ -81,10 +81,10 @@ def fetch_release(root: Path, kind: str = "wheel") -> Path:
 
 
 def edit_file(file: Path, edit: dict[str, Any]) -> None:
-    """Put the lines of an edit of the series into a file.
+    """Apply an edit of the series to a file.
 
     Raises:
-        RuntimeError: they have no place. The message is one sentence.
+        RuntimeError: if the file does not have the lines that the edit refers to. The message is one sentence.
     """
     old = file.read_text(encoding="utf-8").splitlines()
     found = [index for index, line in enumerate(old) if line.startswith(edit["after"])]
@@ -103,13 +103,14 @@ def edit_file(file: Path, edit: dict[str, Any]) -> None:
 
 
 def compose(wheel: Path, root: Path, target: Path) -> None:
-    """Make ``target`` anew: the package of the release's wheel under the overlay ``root/kornia``, and its ``LICENSE``.
+    """Create ``target``: the package of the wheel with the files of ``root/kornia``, and the release's ``LICENSE``.
 
-    Files of the release that the overlay does not replace get the edits of the series. The old target stays until the
-    new one is whole.
+    The edits of the series are applied to files of the release that the overlay does not replace. An old target is
+    deleted only after the new one is complete.
 
     Raises:
-        RuntimeError: the overlay would hide the installed package, or a line has no place. The message is one sentence.
+        RuntimeError: if the overlay would hide the installed package, or an edit does not apply. The message is one
+            sentence.
     """
     overlay = root / "kornia"
     if (overlay / "__init__.py").exists():
@@ -119,7 +120,7 @@ def compose(wheel: Path, root: Path, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
-            # no member of a zip file can leave the folder
+            # extractall writes nothing outside the folder
             archive.extractall(new, [name for name in names if name.startswith("kornia/")])
             licence = next(name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
             (new / "LICENSE").write_bytes(archive.read(licence))
@@ -131,9 +132,9 @@ def compose(wheel: Path, root: Path, target: Path) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
             try:
-                # A link even when a wheel is built: an editable install of the same checkout may be using this folder.
+                # Link even when building a wheel, because an editable install of this checkout may use the same folder.
                 place.symlink_to(source.resolve())
-            except OSError:  # Windows grants links to developers only
+            except OSError:  # Windows allows links only in developer mode
                 shutil.copyfile(source, place)
         new.chmod(0o755)
         shutil.rmtree(target, ignore_errors=True)
@@ -143,9 +144,9 @@ def compose(wheel: Path, root: Path, target: Path) -> None:
 
 
 def load_release_module(wheel: Path, name: str) -> ModuleType:
-    """Load one module of the release, e.g. ``"kornia.losses.dice"``, beside the fork's module of that name.
+    """Load a module of the release, such as ``"kornia.losses.dice"``, without replacing the fork's module of that name.
 
-    What the module itself imports from ``kornia`` comes from the installed package.
+    Imports from ``kornia`` in that module come from the installed package.
     """
     package, _, stem = name.rpartition(".")
     importer = zipimport.zipimporter(str(wheel.joinpath(*package.split("."))))
@@ -158,10 +159,10 @@ def load_release_module(wheel: Path, name: str) -> ModuleType:
 
 
 class ReleaseMetadata(MetadataHookInterface):
-    """Takes the versions of Python, the dependencies and the extras from the release."""
+    """Takes the Python versions, dependencies and extras from the release."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Read them from the wheel. A requirement of the release has no other condition than its extra."""
+        """Read the metadata of the wheel. The release has no requirement with a marker other than an extra."""
         try:
             wheel = fetch_release(Path(self.root))
         except RuntimeError as error:
@@ -180,16 +181,16 @@ class ReleaseMetadata(MetadataHookInterface):
 
 
 class ComposeHook(BuildHookInterface):
-    """Composes the package before hatchling packs it or, for an editable install, points at it."""
+    """Composes the package before hatchling builds a wheel or an editable install from it."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compose the package in ``build/fork`` and send the release's licence along."""
+        """Compose the package in ``build/fork``, and include the licence of the release."""
         root = Path(self.root)
         target = root / "build" / "fork"
         try:
             compose(fetch_release(root), root, target)
         except RuntimeError as error:
-            # Exiting shows the sentence alone, where raising would bury it under hatchling's stack.
+            # Abort, because raising would print the sentence below a long stack trace.
             self.app.abort(str(error))
         licences = f"{self.build_config.builder.project_id}.dist-info/licenses"
         build_data["force_include"][str(target / "LICENSE")] = f"{licences}/kornia-release/LICENSE"

@@ -1,7 +1,7 @@
-"""Time the losses after each step of the series, and measure what the first step mends: ``make patch-times``.
+"""Time the losses after each step of the series, and measure the errors that the first step fixes.
 
-Writes ``fork/upstream/times.json``, from which the texts of the pull requests take their tables. Each step is timed in
-a process of its own, the steps in turn, round by round.
+``make patch-times`` writes the results to ``fork/upstream/times.json``. The tables in the texts of the pull requests
+are made from this file. Each round times all steps one after the other, each in a new process.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ for kind, loss, shapes in (
         found[str(scene)] = seconds(loss, pred.requires_grad_(), target)
 print(json.dumps(found))
 """
-# The relative error of the gradient in float32, on random logits with 10 % foreground.
+# Measures the relative error of the gradient in float32, on random logits with 10 % foreground.
 ERRORS = """
 import json, sys
 import torch
@@ -70,7 +70,7 @@ print(json.dumps(found))
 
 
 def run(tree: Path, program: str, *arguments: str) -> dict[str, float]:
-    """What a program prints that imports the package of a tree."""
+    """Run a program with the ``kornia`` of a tree, and return the numbers that it prints as JSON."""
     command = [sys.executable, "-c", program, str(ROOT / "benchmarks"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     result = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=True)
@@ -78,7 +78,7 @@ def run(tree: Path, program: str, *arguments: str) -> dict[str, float]:
 
 
 def measure(rounds: int) -> dict:
-    """Seconds of every scene after each step of the losses, and errors before and after the first."""
+    """Return the seconds of every scene after each step of the losses, and the errors before and after the first."""
     from fork.patch import apply_step, read_steps, unpack_source
 
     steps = [step for step in read_steps(ROOT) if step.name.startswith("lovasz")]
@@ -100,7 +100,7 @@ def measure(rounds: int) -> dict:
 
 
 def table_of_times(results: dict, name: str) -> str:
-    """Milliseconds before and after a step."""
+    """Return a table of the milliseconds before and after a step."""
     names = list(results["seconds"])
     if name not in names:
         return ""
@@ -113,13 +113,13 @@ def table_of_times(results: dict, name: str) -> str:
 
 
 def milliseconds(seconds: list[float]) -> str:
-    """The median, in two digits or more."""
+    """Return the median, with at least two digits."""
     value = 1000 * statistics.median(seconds)
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def table_of_errors(results: dict) -> str:
-    """A row for each size of image: the errors of both losses, before and after the first step."""
+    """Return table rows, one for each image size, with the errors of both losses before and after the first step."""
     before, after = results["errors"].values()
     rows = []
     for side in SIDES:
@@ -129,9 +129,9 @@ def table_of_errors(results: dict) -> str:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per step (default: %(default)s)")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import torch

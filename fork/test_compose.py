@@ -1,4 +1,4 @@
-"""What an installation of this repository holds, and what a user reads when it cannot be built."""
+"""What an installation of this repository contains, and which messages users see if the build fails."""
 
 import importlib.metadata
 import os
@@ -36,7 +36,7 @@ def release():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what a build reads, with an overlay file more, in a folder that the release does not have."""
+    """A copy of the files that a build needs, with an additional overlay file in a folder that the release lacks."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, folder)
@@ -49,7 +49,7 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(checkout, release, tmp_path_factory):
-    """The wheel of the copy, built where an older build has left things behind."""
+    """The wheel of the copy, built in a folder with files from an older build."""
     leftovers = checkout / "build" / "fork" / "kornia" / "losses"
     leftovers.mkdir(parents=True)
     (leftovers / "dropped.py").write_text("# from an older overlay\n", encoding="utf-8")
@@ -96,7 +96,7 @@ def test_overlay_has_no_init():
 
 
 def test_wheel_is_release_and_overlay(checkout, release, wheel):
-    """Byte for byte, but for the lines that export our names."""
+    """All files are identical, except that some ``__init__.py`` export the names of the overlay."""
     expected, actual = contents(release) | overlay(checkout), contents(wheel)
     assert actual.keys() == expected.keys()
     inits = ["kornia/losses/__init__.py", "kornia/metrics/__init__.py"]
@@ -105,7 +105,7 @@ def test_wheel_is_release_and_overlay(checkout, release, wheel):
         lines = actual[init].decode().splitlines()
         edits = [edit for step in read_series(ROOT)["step"] for edit in step.get("edits", []) if edit["file"] == init]
         for number, edit in enumerate(edits):
-            # A later step puts its lines in place of those that an earlier one has put behind the same line.
+            # A later step replaces the lines that an earlier step has added below the same line.
             if any(later["after"] == edit["after"] and "until" in later for later in edits[number + 1 :]):
                 continue
             for line in edit["lines"]:
@@ -115,11 +115,11 @@ def test_wheel_is_release_and_overlay(checkout, release, wheel):
         assert {name.partition("/")[0] for name in archive.namelist()} == {"kornia", f"kornia-{VERSION}.dist-info"}
 
 
-def test_wheel_again_is_the_same_file(checkout, release, wheel, tmp_path):
+def test_wheel_is_reproducible(checkout, release, wheel, tmp_path):
     assert build(checkout, release, tmp_path, "wheel").read_bytes() == wheel.read_bytes()
 
 
-def test_metadata_is_that_of_the_release(release, wheel):
+def test_metadata_equals_the_release(release, wheel):
     ours, theirs = metadata(wheel), metadata(release)
     assert (ours["Name"], ours["Version"]) == ("kornia", VERSION)
     assert VERSION.startswith(f"{PIN['release']}+lovasz.")
@@ -158,7 +158,7 @@ def test_editable_install_is_live(checkout, release, tmp_path):
     composed = checkout / "build" / "fork"
     assert contents(editable, "_kornia.pth") == {"_kornia.pth": str(composed).encode()}
     assert_both_licences(editable, release)
-    # A wheel built from the same checkout must not cut the links that the editable install lives on.
+    # Building a wheel from the same checkout must keep the links that the editable install uses.
     build(checkout, release, tmp_path / "wheel", "wheel")
     links = {path.relative_to(composed).as_posix() for path in composed.rglob("*") if path.is_symlink()}
     assert links == overlay(checkout).keys()
@@ -170,7 +170,7 @@ def test_editable_install_is_live(checkout, release, tmp_path):
 
 
 def test_installed_package_is_this_checkout():
-    """Fails too when an overlay file is new: an editable install learns of it by being installed again."""
+    """Also fails if an overlay file is new, because an editable install includes it only after a new installation."""
     assert importlib.metadata.version("kornia") == VERSION
     assert kornia.__version__ == PIN["release"]
     site = Path(kornia.__file__).parents[1]
@@ -201,7 +201,7 @@ def test_edit(tmp_path, edit, expected):
 
 
 @pytest.mark.parametrize("edit", [{"after": "c"}, {"after": "b"}, {"after": "d", "until": "a"}])
-def test_edit_without_a_place(tmp_path, edit):
+def test_exception_edit(tmp_path, edit):
     file = tmp_path / "file.py"
     file.write_text("a\nb = 1\nb = 2\nd\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r"^file.py cannot take 'new': it has [012] lines that begin with .*\.$"):
@@ -211,7 +211,7 @@ def test_edit_without_a_place(tmp_path, edit):
 
 @pytest.fixture
 def pinned(tmp_path, monkeypatch):
-    """A function that pins a release in a project of its own, where pip finds only what lies in ``index``."""
+    """A function that creates a project with a pinned release. pip finds only files in the folder ``index``."""
     for name in ("project", "index"):
         (tmp_path / name).mkdir()
     monkeypatch.delenv(LOCAL_WHEEL, raising=False)
@@ -247,7 +247,7 @@ def test_release_is_downloaded_once(pinned, release, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"other content", lambda data: data[:-1]], ids=["other", "truncated"])
-def test_downloaded_file_of_other_content(pinned, release, damage):
+def test_exception_changed_download(pinned, release, damage):
     project = pinned(PIN["release"], PIN["wheel_sha256"])
     kept = project / "build" / WHEEL
     kept.parent.mkdir()
@@ -280,7 +280,7 @@ def test_no_network(pinned, monkeypatch):
 
 
 def small_release(folder, *names):
-    """A release of a few files, and a checkout with one overlay file and no series."""
+    """Create a release of a few files, and a checkout with one overlay file and an empty series."""
     with zipfile.ZipFile(folder / "small.whl", "w") as archive:
         for name in ("kornia/__init__.py", "kornia-1.dist-info/licenses/LICENSE", *names):
             archive.writestr(name, "# release\n")
@@ -290,7 +290,7 @@ def small_release(folder, *names):
     return folder / "small.whl"
 
 
-def test_a_failure_leaves_the_last_package_and_nothing_else(tmp_path):
+def test_failure_keeps_the_last_package(tmp_path):
     wheel, target = small_release(tmp_path), tmp_path / "build" / "fork"
     compose(wheel, tmp_path, target)
     before = sorted(target.rglob("*"))
@@ -303,20 +303,20 @@ def test_a_failure_leaves_the_last_package_and_nothing_else(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_no_file_leaves_the_folder(tmp_path):
+def test_no_file_outside_the_folder(tmp_path):
     target = tmp_path / "build" / "fork"
     compose(small_release(tmp_path, "kornia/../../../escaped.py"), tmp_path, target)
     assert [path.relative_to(target).as_posix() for path in tmp_path.rglob("escaped.py")] == ["kornia/escaped.py"]
 
 
-def test_overlay_that_hides_the_package(tmp_path):
+def test_exception_overlay_with_init(tmp_path):
     wheel = small_release(tmp_path)
     (tmp_path / "kornia" / "__init__.py").touch()
     with pytest.raises(RuntimeError, match=r"would hide the installed kornia from this folder: delete it\.$"):
         compose(wheel, tmp_path, tmp_path / "build" / "fork")
 
 
-def test_failed_build_shows_the_sentence_alone(checkout, tmp_path):
+def test_failed_build_shows_one_sentence(checkout, tmp_path):
     result = run_build(checkout, tmp_path / "no.whl", tmp_path, "wheel")
     assert result.returncode == 1
     assert result.stderr.splitlines() == [

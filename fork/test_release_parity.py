@@ -1,6 +1,6 @@
-"""Called as in the release, with predictions, labels and perhaps class weights, the losses answer as it does.
+"""Without the new options, the losses give the same values, gradients and exceptions as the release.
 
-Left out on purpose, since the fork defines there what the release does not: labels of -100 and empty batches.
+Labels of -100 and empty batches are not compared, because the release does not define their losses.
 """
 
 from pathlib import Path
@@ -15,8 +15,8 @@ WHEEL = fetch_release(Path(__file__).resolve().parents[1])
 HINGE = load_release_module(WHEEL, "kornia.losses.lovasz_hinge")
 SOFTMAX = load_release_module(WHEEL, "kornia.losses.lovasz_softmax")
 
-# Half precisions: the release rounds each softmax error to the dtype, the fork computes in float32. The Lovász
-# extension moves no more than its largest error does, hence one eps; the result is rounded too, hence one eps relative.
+# In half precision, the release rounds each softmax error to the dtype, and the fork computes in float32. The loss
+# changes by at most the largest change of an error, which is one eps. Rounding the result adds one eps, relative.
 HALF = {
     dtype: {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps} for dtype in (torch.float16, torch.bfloat16)
 }
@@ -46,7 +46,7 @@ def raised_by(function, *args):
 
 
 def assert_alike(ours, theirs):
-    """The same type, and the same message: ours may have a line more, which says what to pass instead."""
+    """Compare types and messages. The fork's message may have another line, which says what to pass instead."""
     assert ours[0] is theirs[0]
     assert ours[1].removeprefix(theirs[1])[:1] in ("", "\n")
     assert ours[1].startswith(theirs[1])
@@ -95,7 +95,7 @@ def test_hinge(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
-def test_hinge_of_predictions_without_fraction(dtype):
+def test_hinge_with_integer_predictions(dtype):
     pred, target = logits(2, 1, 4, 5).abs().to(dtype), labels(2, 4, 5)
     assert_same(losses.lovasz_hinge_loss(pred, target), HINGE.lovasz_hinge_loss(pred, target))
 
@@ -141,7 +141,8 @@ def test_softmax_with_weight(case, weight_dtype, dtype):
     pred, target = SOFTMAX_CASES[case](dtype)
     weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.5, 1.0, 0.25, 1.0, 0.75])[: pred.shape[1]].to(weight_dtype)
     theirs = SOFTMAX.lovasz_softmax_loss(pred, target, weight)
-    # A precise weight makes the result's dtype precise, not the release's softmax of half-precision logits.
+    # With a float32 or float64 weight the result has that dtype, but the release still computes the softmax of
+    # half-precision logits in half precision.
     tolerance = max(TOLERANCE[dtype]["atol"], TOLERANCE[theirs.dtype]["atol"])
     ours = losses.lovasz_softmax_loss(pred, target, weight)
     assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
@@ -220,8 +221,8 @@ def test_softmax_error(case):
 
 
 @pytest.mark.parametrize(("name", "release", "channels"), [("hinge", HINGE, 1), ("softmax", SOFTMAX, 3)])
-def test_what_is_no_tensor(name, release, channels):
-    """The release fails where it first needs a tensor, with an AttributeError; the fork says what is wrong."""
+def test_exception_not_a_tensor(name, release, channels):
+    """The release raises an AttributeError where it first needs a tensor. The fork says which argument is wrong."""
     name = f"lovasz_{name}_loss"
     for wrong, pair in [("pred", ([[1.0]], labels(1, 2, 2))), ("target", (logits(1, channels, 2, 2), [[1]]))]:
         assert raised_by(getattr(release, name), *pair)[0] is AttributeError
@@ -231,7 +232,7 @@ def test_what_is_no_tensor(name, release, channels):
 
 
 def test_release_is_not_the_fork():
-    """Guards this file: had both names led to one function, every test above would pass."""
+    """The functions compared above are not the same ones."""
     assert HINGE.lovasz_hinge_loss is not losses.lovasz_hinge_loss
     assert HINGE.__file__.startswith(str(WHEEL))
     with pytest.raises(ModuleNotFoundError, match=r"has no module kornia\.losses\.nothing"):

@@ -1,4 +1,4 @@
-"""The files of the patch series pass the checks of Kornia, with the settings in the source of the release."""
+"""The files of the patch series pass the checks of Kornia, with the settings of the release."""
 
 import ast
 import shutil
@@ -28,7 +28,7 @@ def trees(tmp_path_factory):
     """The tree after each step."""
     folders, before = {}, tmp_path_factory.mktemp("standards") / "release"
     unpack_source(ROOT, before)
-    # Kornia's helpers are not in the archive; ruff sorts imports by what is there.
+    # ruff sorts imports by the folders that exist, and the archive of the release has no testing/.
     shutil.copytree(ROOT / "testing", before / "testing", ignore=shutil.ignore_patterns("__pycache__", "lovasz.py"))
     for step in STEPS:
         before = folders[step.name] = shutil.copytree(before, before.with_name(step.name))
@@ -53,7 +53,7 @@ def test_each_step(trees, step):
 
 @pytest.fixture
 def files(tree):
-    """The files of the series that are there: all that later steps replace are the release's own before."""
+    """The files of the series that exist in the tree."""
     return [path for path in FILES if (tree / path).is_file()]
 
 
@@ -63,20 +63,20 @@ def modules(tree):
 
 
 def check(tree, *command):
-    """Run a tool in the tree, where it finds the settings of the release, and return what it found fault with."""
+    """Run a tool in the tree, where it finds the settings of the release, and return its output if it fails."""
     result = subprocess.run([sys.executable, "-m", *command], cwd=tree, capture_output=True, text=True, check=False)
     return "" if result.returncode == 0 else result.stdout + result.stderr
 
 
 def type_errors(tree, *arguments):
-    """What ty says about files; about the settings, newer versions say that some names have changed."""
+    """Return the errors that ty reports for files. Newer versions of ty also report renamed settings, left out here."""
     lines = check(tree, "ty", "check", "--python", sys.prefix, "--output-format", "concise", *arguments).splitlines()
     return [line for line in lines if not line.startswith("pyproject.toml:") and not line.startswith("Found ")]
 
 
 @pytest.fixture
 def faulty(tree):
-    """A file that breaks the rules that the tests below rely on."""
+    """A file that breaks some rules of Kornia."""
     path = tree / "kornia" / "losses" / "faulty.py"
     path.write_text(
         'import os\n\n\ndef f(x: int = "a"):\n    """Do it\n    badly"""\n    print(x)\n    return  match(x) [0]\n'
@@ -101,7 +101,7 @@ def test_types(tree, modules):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_version_of_python(tree, files, modules, version):
-    """As far as the tools can tell: the syntax, and the names that its standard library has."""
+    """The tools check the syntax, and the names of the standard library."""
     target = f"py{version.replace('.', '')}"
     assert check(tree, "ruff", "check", "--no-cache", "--target-version", target, *files) == ""
     assert type_errors(tree, "--python-version", version, *modules) == []
@@ -109,7 +109,7 @@ def test_version_of_python(tree, files, modules, version):
         ast.parse((tree / path).read_text(encoding="utf-8"), feature_version=tuple(map(int, version.split("."))))
 
 
-def test_versions_are_those_of_kornia(tree):
+def test_python_versions_equal_those_of_kornia(tree):
     theirs = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8"))["project"]["classifiers"]
     assert VERSIONS
     assert [name for name in theirs if name.rpartition(" ")[2] in VERSIONS and "Python :: 3" in name] == [
@@ -117,8 +117,8 @@ def test_versions_are_those_of_kornia(tree):
     ]
 
 
-def test_settings_are_those_of_kornia(tree, faulty):
-    """The tools find what only the settings of the release tell them to look for."""
+def test_tools_use_the_settings_of_kornia(tree, faulty):
+    """The tools report errors that only the settings of the release enable."""
     found = check(tree, "ruff", "check", "--no-cache", faulty)
     for rule in ("F401", "D205", "D400", "T201"):
         assert rule in found
@@ -134,6 +134,6 @@ def test_imports_pytorch_triton_and_kornia_only(path):
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     allowed = {"torch", "kornia"} | sys.stdlib_module_names
-    if path == "kornia/losses/_lovasz_kernels.py":  # loaded only where Triton is there
+    if path == "kornia/losses/_lovasz_kernels.py":  # imported only if Triton is installed
         allowed.add("triton")
     assert [name for name in imported if name.partition(".")[0] not in allowed] == []

@@ -1,4 +1,4 @@
-"""The comparison of Kornia's own tests, on a checkout of a few tests."""
+"""Tests of ``fork/upstream_test.py``, on a checkout with a few tests."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def test_each_side_runs_on_its_package(checkout, tmp_path):
+def test_each_side_imports_its_package(checkout, tmp_path):
     outcomes = {side: run(make_tree(checkout, side, tmp_path), ["tests"]) for side in ("release", "fork")}
     passed, option, skipped = (f"tests.test_some::test_{name}" for name in ("loss", "new_option[a - b]", "skipped"))
     assert outcomes["release"] == {passed: "passed", option: "failure", skipped: "skipped"}
@@ -56,7 +56,7 @@ def test_each_side_runs_on_its_package(checkout, tmp_path):
         ({"a": "passed"}, {"a": "failure"}, 1, "  a: passed -> failure"),
         ({"a": "passed"}, {}, 1, "  a: passed -> missing"),
         ({"a": "failure"}, {"a": "failure"}, 1, "fork: 1 failure"),
-        ({}, {}, 1, "release: no test"),
+        ({}, {}, 1, "release: no tests"),
     ],
 )
 def test_compare(capsys, release, fork, status, line):
@@ -68,5 +68,5 @@ def test_no_checkout(tmp_path):
     command = [sys.executable, "-m", "fork.upstream_test", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"{tmp_path} is no checkout of Kornia, ")
+    assert result.stderr.startswith(f"{tmp_path} is not a checkout of Kornia, ")
     assert result.stderr.count("\n") == 1

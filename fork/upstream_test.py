@@ -1,8 +1,8 @@
-"""Run the tests of a Kornia checkout on the release and on the fork, and compare them test by test.
+"""Run the tests of a Kornia checkout on the release and on the fork, and compare the outcome of each test.
 
-``make upstream-test KORNIA=<checkout>`` runs its tests of losses and metrics in all dtypes. It ends with status 1 if a
-test that passes on the release does not pass on the fork; many of Kornia's tests draw random inputs, so run one that is
-named here again on its own. The logs are kept in ``build/upstream-test``.
+``make upstream-test KORNIA=<checkout>`` runs the tests of losses and metrics in all dtypes. It exits with status 1 if a
+test passes on the release but not on the fork. Many of Kornia's tests draw random inputs, so run such a test again
+before you look for a cause. The logs are in ``build/upstream-test``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SCOPE = ["tests/losses", "tests/metrics"]
 
 
 def make_tree(checkout: Path, side: str, folder: Path) -> Path:
-    """Copy the checkout, with the ``kornia`` of the release or of the fork for its own.
+    """Copy the checkout, and replace its ``kornia`` by that of the release or of the fork.
 
     Raises:
-        RuntimeError: this is no checkout of Kornia. The message is one sentence.
+        RuntimeError: if ``checkout`` is not a checkout of Kornia. The message is one sentence.
     """
     if not (checkout / "tests").is_dir() or not (checkout / "conftest.py").is_file():
         raise RuntimeError(
-            f"{checkout} is no checkout of Kornia, whose releases come without tests: "
+            f"{checkout} is not a checkout of Kornia, and a release contains no tests: "
             "git clone https://github.com/kornia/kornia, then make upstream-test KORNIA=<that folder>."
         )
     tree = folder / side
@@ -47,9 +47,9 @@ def make_tree(checkout: Path, side: str, folder: Path) -> Path:
 
 
 def run(tree: Path, arguments: list[str]) -> dict[str, str]:
-    """Run pytest in a tree, whose own ``kornia`` it imports, and return the outcome of each test."""
+    """Run pytest with the ``kornia`` of a tree, and return the outcome of each test."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    # Without this variable Kornia leaves out the tests of torch.compile.
+    # Kornia runs its tests of torch.compile only if this variable is set.
     environment = {"KORNIA_TEST_OPTIMIZER": "inductor", **os.environ, "PYTHONPATH": str(tree)}
     report = tree.with_suffix(".xml")
     with tree.with_suffix(".txt").open("w", encoding="utf-8") as log:
@@ -64,10 +64,13 @@ def run(tree: Path, arguments: list[str]) -> dict[str, str]:
 
 
 def compare(release: dict[str, str], fork: dict[str, str]) -> int:
-    """Print how many tests passed, and every test whose outcome differs; 1 if one that passed is lost, else 0."""
+    """Print the number of tests by outcome and each test whose outcome differs, and return the exit status.
+
+    The status is 1 if no test passes on the release, or if one that passes there does not pass on the fork.
+    """
     for side, outcomes in (("release", release), ("fork", fork)):
         counts = {kind: list(outcomes.values()).count(kind) for kind in sorted(set(outcomes.values()))}
-        print(f"{side}: {', '.join(f'{count} {kind}' for kind, count in counts.items()) or 'no test'}")
+        print(f"{side}: {', '.join(f'{count} {kind}' for kind, count in counts.items()) or 'no tests'}")
     differ = {test for test in release.keys() | fork.keys() if release.get(test) != fork.get(test)}
     for test in sorted(differ):
         print(f"  {test}: {release.get(test, 'missing')} -> {fork.get(test, 'missing')}")
@@ -76,11 +79,11 @@ def compare(release: dict[str, str], fork: dict[str, str]) -> int:
 
 
 def main() -> None:
-    """Run and compare."""
+    """Run the tests, and compare the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kornia", type=Path, help="a checkout of Kornia's repository")
     parser.add_argument("--scope", nargs="+", default=SCOPE, help="folders or files (default: %(default)s)")
-    parser.add_argument("--dtype", default="all", help="as in Kornia's own options (default: %(default)s)")
+    parser.add_argument("--dtype", default="all", help="passed to Kornia's tests (default: %(default)s)")
     args, others = parser.parse_known_args()
     folder = ROOT / "build" / "upstream-test"
     arguments = [*args.scope, "--dtype", args.dtype, "--timeout", "120", *others]
