@@ -63,18 +63,17 @@ pytest: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # Runs the fused CUDA kernels on the CPU with Triton's interpreter. It is slow and runs one thread at a time,
-# so tests with many pixels are left out, and so are tests that do not depend on the kernels.
-INTERPRETED = not exception and not Compile and not Transforms and not Scale and not Sizes and not Laws and not threads
-INTERPRETED += and not deterministic and not counts and not teacher and not large and not thousand and not accuracy
-INTERPRETED += and not Group and not precision and not without_a_factor and not cardinality and not compatibility
-INTERPRETED += and not gradcheck and not forms
+# so tests with many pixels are left out, and so are tests that do not depend on the kernels. A kernel cannot raise.
+KERNEL_TESTS = tests/losses/test_lovasz.py $(patsubst %,tests/losses/test_lovasz_%.py,bins hinge sigmoid softmax kernels)
+INTERPRETED = not large and not accuracy and not teacher and not without_a_factor and not deterministic
+INTERPRETED += and not exception and not Transforms and not forms
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 KORNIA_LOVASZ_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \
-		tests/losses -m "not jit" -k "$(INTERPRETED)" --dtype float32 $(ARGS)
+		$(KERNEL_TESTS) -m "not jit" -k "$(INTERPRETED)" --dtype float32 $(ARGS)
 
 test-fast: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests --dtype float32 \
-		-k "not Scale and not Group and not Process and not Compiled" -m "not jit and not grad"
+		-k "not Large and not Group and not Process and not Compiled" -m "not jit and not grad"
 
 # Not part of `make test`, because it takes 1.5 times as long as the tests alone.
 coverage: $(VENV)/installed

@@ -359,7 +359,7 @@ class TestLovaszValues(LovaszTester):
             assert torch.isnan(loss(pred.requires_grad_(), target))
 
     @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-    def test_feature_half_precision_counts(self, loss, half, form, device, monkeypatch):
+    def test_feature_large_counts_in_half_precision(self, loss, half, form, device, monkeypatch):
         # 2**17 pixels per class: neither half precision can count them, and float16 cannot hold the number.
         force_form(monkeypatch, form, piece=1 << 16)
         pred = torch.full((1, loss.channels, 512, 512), -1.0, device=device, dtype=half)
@@ -411,7 +411,7 @@ SIZES += [(20, 100, 81), (90, 40, 40)]
 
 @each_loss
 @with_forms("usual")
-class TestLovaszSizes(LovaszTester):
+class TestLovaszLargeSizes(LovaszTester):
     @pytest.mark.parametrize("size", SIZES, ids=str)
     @pytest.mark.parametrize("options", [{}, {"per_image": False, "ignore_index": 255}], ids=["images", "batch"])
     def test_feature_oracle(self, loss, options, size, device, dtype):
@@ -585,7 +585,7 @@ class TestLovaszGradients(LovaszTester):
 
 
 @each_loss
-class TestLovaszScale(LovaszTester):
+class TestLovaszLarge(LovaszTester):
     @with_forms("usual")
     def test_feature_more_pixels_than_float32_can_count(self, loss, device):
         """2**24 + 1 background pixels have the larger error, and 2**24 + 1 foreground pixels the smaller one."""

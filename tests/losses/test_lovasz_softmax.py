@@ -83,7 +83,7 @@ class TestLovaszSoftmaxLoss(LovaszTester):
         with pytest.raises(ValueError, match=message):
             LovaszSoftmaxLoss(classes=classes)(pred, target)
 
-    def test_feature_a_thousand_classes(self, device):
+    def test_feature_large_class_count(self, device):
         generator = torch.Generator().manual_seed(0)
         pred = torch.randn(2, 1000, 3, 5, generator=generator).to(device)
         target = torch.randint(0, 1000, (2, 3, 5), generator=generator).to(device)
