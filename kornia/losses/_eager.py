@@ -29,6 +29,11 @@ def values_of(tensor: Tensor) -> Optional[Tensor]:
     return tensor if is_plain and not is_recorded else None
 
 
+def device_with_float64(device: torch.device) -> torch.device:
+    """Return the device itself, or the CPU if the device has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def is_compiled() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is tracing, and no functorch transform is active."""
     return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

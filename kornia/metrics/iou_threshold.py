@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kornia.core.check import KORNIA_CHECK_IS_TENSOR, KORNIA_CHECK_SHAPE
-from kornia.losses._eager import is_eager
+from kornia.losses._eager import device_with_float64, is_eager
 from kornia.losses._labels import binary_labels, check_pair
 from kornia.losses._lovasz_options import check_ignore_index
 from kornia.losses._threads import in_pieces
@@ -108,9 +108,10 @@ def _count_above(pred: Tensor, target: Tensor, ignore_index: Optional[int], thre
     pred, target = pred.detach().flatten(), target.detach().flatten()
     # A threshold that the dtype of the logits cannot hold is rounded down. It then separates the same logits.
     thresholds = thresholds.detach()
-    thresholds = thresholds if thresholds.is_floating_point() else thresholds.to(torch.float64)
+    if not thresholds.is_floating_point():
+        thresholds = thresholds.to(device_with_float64(pred.device), torch.float64)
     held = thresholds.to(torch.promote_types(pred.dtype, torch.float32))
-    held = torch.where(held > thresholds, held.nextafter(torch.full_like(held, float("-inf"))), held)
+    held = torch.where(held > thresholds, held.nextafter(torch.full_like(held, float("-inf"))), held).to(pred.device)
     held = held.masked_fill(held.isnan(), float("inf"))  # inf can be sorted, and no logit is above it
     if not (tuning.eager_forms and is_eager(pred) and is_eager(target)):
         logits, foreground, valid = _with_mask(pred, target, ignore_index)
@@ -178,6 +179,7 @@ def _optimal_of(pieces: list[Pixels], total: Tensor, skipped: Optional[Tensor]) 
     if skipped is not None:
         above = above + _suffix_sum(skipped)[:, _cells(levels).long()]
     above = torch.cat([above.new_zeros(2, 1), above], dim=1)  # nothing is above the largest logit
+    above, total, levels = (tensor.to(device_with_float64(tensor.device)) for tensor in (above, total, levels))
     iou = _quotient(above[1], total + above[0], torch.float64)
 
     ends = torch.cat([levels.new_full((1,), float("inf")), levels, levels.new_full((1,), float("-inf"))]).double()
@@ -197,12 +199,13 @@ def _candidates(pieces: list[Pixels]) -> tuple[list[Pixels], Tensor]:
     # of the cell or inside it has at most the IoU ``possible``, for all foreground of the cell and none of its
     # background. Both ends of an optimal interval, the lowest predicted logit and the highest other one, are therefore
     # in candidate cells.
-    through = _suffix_sum(by_cell)
+    counts = by_cell.to(device_with_float64(device))
+    through = _suffix_sum(counts)
     total = through[1, 0]
     reached = _quotient(through[1], total + through[0], torch.float64)
-    possible = _quotient(through[1], total + through[0] - by_cell[0], torch.float64)
+    possible = _quotient(through[1], total + through[0] - counts[0], torch.float64)
     lowest = int(_cells(pieces[0][0].new_full((1,), float("-inf"))))  # no threshold is below this cell
-    candidate = possible >= reached[lowest + 1 :].max()
+    candidate = (possible >= reached[lowest + 1 :].max()).to(device)
 
     def choose(piece: Pixels) -> Pixels:
         close = candidate.index_select(0, _cells(piece[0])).nonzero().squeeze(1)
@@ -340,7 +343,7 @@ def best_iou_threshold(pred: Tensor, target: Tensor, *, ignore_index: Optional[i
     if any(_has_nan(logits) for logits, _ in pieces):
         return pred.new_tensor(float("nan"), dtype=dtype), pred.new_tensor(float("nan"), dtype=computed)
     lower, upper, iou = _optimal_interval(pieces)
-    return _middle(lower, upper, dtype).to(pred.device), iou.to(computed)
+    return _middle(lower, upper, dtype).to(pred.device), iou.to(computed).to(pred.device)
 
 
 class IoUThresholdSearch:
@@ -443,7 +446,8 @@ class IoUThresholdSearch:
         Raises:
             RuntimeError: if no valid pixel has been counted.
         """
-        return self._iou(process_group).to(torch.promote_types(self.thresholds.dtype, torch.float32))
+        iou = self._iou(process_group)
+        return iou.to(torch.promote_types(self.thresholds.dtype, torch.float32)).to(self.counts.device)
 
     def compute(self, process_group: Optional[ProcessGroup] = None) -> tuple[Tensor, Tensor]:
         """Find the best of the thresholds.
@@ -479,7 +483,8 @@ class IoUThresholdSearch:
                     "a wider grid, such as IoUThresholdSearch(torch.linspace(0.01, 0.99, 99).logit())",
                     stacklevel=2,
                 )
-        return threshold, best.to(torch.promote_types(threshold.dtype, torch.float32))
+        best = best.to(torch.promote_types(threshold.dtype, torch.float32))
+        return threshold.to(self.counts.device), best.to(self.counts.device)
 
     def _iou(self, process_group: Optional[ProcessGroup]) -> Tensor:
         counts = self.counts
@@ -488,4 +493,4 @@ class IoUThresholdSearch:
             torch.distributed.all_reduce(counts, group=process_group)
         if not counts[:, 0].any():
             raise RuntimeError("no valid pixel has been counted: call update first, with labels that are not ignored")
-        return _iou(counts, torch.float64)
+        return _iou(counts.to(device_with_float64(counts.device)), torch.float64)
