@@ -12,6 +12,7 @@ import torch
 from kornia.core._compat import torch_version_ge
 from kornia.core.exceptions import ShapeError, TypeCheckError
 from kornia.losses import lovasz_hinge_loss
+from kornia.losses._eager import device_with_float64
 from kornia.losses._tuning import tuning
 from kornia.metrics import IoUThresholdSearch, best_iou_threshold, iou_at_thresholds, mean_iou
 
@@ -751,3 +752,9 @@ class TestIoUThresholdSearch(BaseTester):
                 self.assert_close(curve, together.iou_at_thresholds(), rtol=0.0, atol=0.0)
                 assert tuple(best) == together.compute()
             assert after_reset == first_only.compute()
+
+
+def test_device_without_float64():
+    # The quotients of counts need float64, so MPS leaves them to the CPU.
+    assert device_with_float64(torch.device("mps")).type == "cpu"
+    assert device_with_float64(torch.device("cuda:1")) == torch.device("cuda:1")
