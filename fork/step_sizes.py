@@ -6,8 +6,13 @@ import ast
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, NamedTuple
 
+from fork.step_times import milliseconds
+
 if TYPE_CHECKING:
     from fork.patch import Step
+
+# Scenes whose times the documentation shows.
+SCENES = ("hinge 4x1x512x512 late", "softmax 2x21x512x512 late")
 
 
 class Size(NamedTuple):
@@ -58,11 +63,21 @@ def code_lines(text: str) -> set[int]:
     return {i for i, line in lines if line.strip() and not line.lstrip().startswith("#")} - docstrings
 
 
-def table(steps: list[Step]) -> str:
-    """Return the steps, their sizes and what changes for callers as a table for the documentation."""
-    rows = [("Step", "What it does", "Code", "Docstrings, comments", "Tests", "What changes for callers")]
+def table(steps: list[Step], times: dict[str, dict[str, list[float]]]) -> str:
+    """Return the steps, their sizes, the times before and after, and what changes for callers, for the documentation.
+
+    Args:
+        steps: the steps of the series.
+        times: seconds of each scene, for the release and after each step that was timed, in order.
+    """
+    rows = [("Step", "What it does", "Code", "Doc", "Tests", "Hinge, ms", "Softmax, ms", "What changes for callers")]
+    names = list(times)
     for number, (step, size) in enumerate(zip(steps, sizes(steps)), 1):
         title = step.title.partition(": ")[2]
-        rows.append((str(number), title, *(f"{count:,}" for count in size), step.callers))
-    head = ".. list-table::\n   :header-rows: 1\n   :widths: 5 34 9 11 9 32\n\n"
-    return head + "".join("   * - " + "\n     - ".join(row) + "\n" for row in rows)
+        cells = ["", ""]
+        if step.name in times:
+            before, after = times[names[names.index(step.name) - 1]], times[step.name]
+            cells = [f"{milliseconds(before[scene])} → {milliseconds(after[scene])}" for scene in SCENES]
+        rows.append((str(number), title, *(f"{count:,}" for count in size), *cells, step.callers))
+    head = ".. list-table::\n   :header-rows: 1\n   :widths: 5 27 7 7 7 11 11 25\n\n"
+    return head + "".join("   * - " + "\n     - ".join(row).rstrip() + "\n" for row in rows)

@@ -1,5 +1,6 @@
 """Settings of the documentation: ``make docs``."""
 
+import json
 import re
 import sys
 import tomllib
@@ -18,13 +19,14 @@ import multilabel  # noqa: E402 - as well
 import tables  # noqa: E402 - as well
 import your_data  # noqa: E402 - as well
 
-from fork import patch, step_sizes  # noqa: E402 - as well
+from fork import patch, step_sizes, step_times  # noqa: E402 - as well
 
 figures.draw_all(SOURCE / "_generated")
 formulas.write_font(SOURCE / "_generated" / "static" / "stix-two-math.woff")
 evidence_table.write_docs(SOURCE / "_generated")
 tables.write_docs(SOURCE / "_generated")
-series = step_sizes.table(patch.read_steps(ROOT))
+seconds = json.loads(step_times.FILE.read_text(encoding="utf-8"))["seconds"]
+series = step_sizes.table(patch.read_steps(ROOT), seconds)
 for name, table in (("multilabel", multilabel.table()), ("your_data", your_data.table()), ("series", series)):
     (SOURCE / "_generated" / f"{name}.rst").write_text(table, encoding="utf-8")
 
