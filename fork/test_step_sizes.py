@@ -35,9 +35,7 @@ def test_lines_are_counted_once_each():
 
 
 def test_table_shows_times_before_and_after():
-    times = {
-        name: {scene: found for scene in SCENES} for name, found in (("release", [0.1, 0.3, 0.2]), ("second", [0.004]))
-    }
+    times = {name: dict.fromkeys(SCENES, found) for name, found in (("release", [0.1, 0.3, 0.2]), ("second", [0.004]))}
     rows = table(make_steps(), times).split("   * - ")[1:]
     cells = [[cell.strip() for cell in row.split("\n     -")] for row in rows]
     assert cells[1] == ["1", "one", "2", "1", "0", "", "", "nothing"]
