@@ -66,7 +66,7 @@ pytest: $(VENV)/installed
 # so tests with many pixels are left out, and so are tests that do not depend on the kernels. A kernel cannot raise.
 KERNEL_TESTS = tests/losses/test_lovasz.py $(patsubst %,tests/losses/test_lovasz_%.py,bins hinge sigmoid softmax kernels)
 INTERPRETED = not large and not accuracy and not teacher and not without_a_factor and not deterministic
-INTERPRETED += and not exception and not Transforms and not forms
+INTERPRETED += and not exception and not Transforms and not forms and not extreme
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 KORNIA_LOVASZ_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \
 		$(KERNEL_TESTS) -m "not jit" -k "$(INTERPRETED)" --dtype float32 $(ARGS)
