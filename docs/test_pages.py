@@ -37,7 +37,8 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 
 def test_the_processes_of_the_page_have_one_loss():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Unbuffered, so that what a process has printed is there even if PyTorch aborts it afterwards.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
         [*command, str(DOCS / "snippets" / "ddp.py")],
         capture_output=True,
@@ -46,7 +47,8 @@ def test_the_processes_of_the_page_have_one_loss():
         env=environment,
         timeout=300,
     )
-    # The exit code would not do: PyTorch 2.13 now and then aborts a process that has left the group, whatever its loss.
+    # PyTorch 2.13 now and then aborts a process that has left its group, also without Kornia.
+    assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr
     losses = re.findall(r"process (\d): loss (\d\.\d{6})", done.stdout)
     assert sorted(process for process, _ in losses) == ["0", "1"], done.stderr
     assert len({loss for _, loss in losses}) == 1

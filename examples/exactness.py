@@ -53,7 +53,7 @@ def build_network() -> nn.Module:
 
 
 def compare_gradients(losses: dict, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Of the pixels whose exact gradient is not zero: in how many is that of the release zero, or of the wrong sign?"""
+    """Count the pixels with an exact gradient, and the shares of them where the release has zero or the wrong sign."""
     exact, release = (
         torch.autograd.grad(loss(logits, labels), logits)[0] for loss in (losses["fork"], losses["release"])
     )
@@ -67,7 +67,7 @@ def compare_gradients(losses: dict, logits: torch.Tensor, labels: torch.Tensor) 
 
 
 def train(name: str, losses: dict, model: nn.Module, data: tuple[torch.Tensor, ...], steps: int, every: int) -> list:
-    """Train with one of the losses; what was measured on the way."""
+    """Train with one of the losses, and return the measurements of every ``every`` steps."""
     image, labels, test_image, test_labels = data
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     measured = []
