@@ -138,13 +138,13 @@ def draw_lakes(path: Path, outcomes: dict[str, Outcome], test: Split) -> None:
     rows.append(("lakes of the survey", report.colour_errors(labels.where(labels != IGNORE, 0), labels)))
     for arm, outcome in outcomes.items():
         found = (outcome.test[places, 0] > 0).long()
-        rows.append((ARMS[arm].replace(" + ", "\n+ "), report.colour_errors(found, labels)))
-    figure, axes = plt.subplots(len(rows), SHOWN, figsize=(1.5 * SHOWN + 2, 1.5 * len(rows)), layout="constrained")
+        rows.append((ARMS[arm], report.colour_errors(found, labels)))
+    figure, axes = plt.subplots(len(rows), SHOWN, figsize=(1.1 * SHOWN, 1.35 * len(rows) + 0.3), layout="constrained")
     for row, (title, pictures) in zip(axes, rows, strict=True):
         for axis, picture in zip(row, pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(title, rotation=0, ha="right", va="center", labelpad=8)
+        row[0].set_title(title, loc="left")
     meaning = {report.FOUND: "found", report.MISSED: "missed", report.WRONG: "imagined", report.IGNORED: "not scored"}
     figure.legend(
         handles=[report.Patch(color=colour, label=text) for colour, text in meaning.items()],

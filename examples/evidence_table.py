@@ -157,8 +157,8 @@ def ratio_table(runs: Runs) -> list[list[str]]:
 
 def draw_curves(runs: Runs, path: Path) -> None:
     """Plot test IoU against the number of steps, for cross-entropy and the mixtures: each seed, and the mean."""
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(9, 3.8), layout="constrained")
-    for axis, (task, measures) in zip(axes, MEASURES.items(), strict=True):
+    figure, axes = plt.subplots(len(MEASURES), 1, figsize=(6, 5.6), sharex=True, layout="constrained")
+    for axis, (task, measures) in zip(axes, reversed(MEASURES.items()), strict=True):
         title, measure = next(iter(measures.items()))
         budgets = runs.budgets(task)
         for arm, colour in (("ce", "#606060"), ("ce+jaccard", "#3182bd"), ("ce+lovasz", "#d94801")):
@@ -167,11 +167,12 @@ def draw_curves(runs: Runs, path: Path) -> None:
             axis.plot(budgets, curves.mean(1), color=colour, linewidth=2.4, marker="o", label=NAMES[arm])
         axis.set_xscale("log", base=3)
         axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
-        axis.set_title(title, loc="left", fontsize=11)
-        axis.set(xlabel="steps", ylabel="test IoU, %")
+        axis.set_title(title, loc="left", fontsize=12)
+        axis.set_ylabel("test IoU, %", fontsize=12)
         axis.grid(color="#e8e8e8")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=9, frameon=False)
+    axes[-1].set_xlabel("steps", fontsize=12)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=11, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
