@@ -1,4 +1,4 @@
-"""Draw the speed and accuracy figure from the results of run.py: ``python figure.py results/cpu.json cpu.png``."""
+"""Draw speed.png from the results of run.py, which lie in the same folder: ``python figure.py results``."""
 
 from __future__ import annotations
 
@@ -12,37 +12,46 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import BASELINE, BINNED, COMPILED, OURS, RELEASE, has_compiled_release, ratio
+from tables import BASELINE, BINNED, COMPILED, DEVICES, OURS, RELEASE, has_compiled_release, ratio
 
 CONDITIONS = {
-    "idle": "idle",
-    "one thread": "one thread",
-    "busy": "beside two\nbusy processes",
-    "compiled": "compiled",
+    "idle": "CPU, idle",
+    "one thread": "CPU, one thread",
+    "busy": "CPU, beside two\nbusy processes",
+    "compiled": "CPU, compiled",
+    "cuda": "GPU",
 }
 COLOURS = {OURS: "#2a6f97", BINNED: "#61a5c2", RELEASE: "#b23a48"}
 
 
-def draw(raw: Path, path: Path) -> None:
+def draw(folder: Path) -> None:
     """Draw two charts, one above the other so that they can be read on a phone."""
-    results = json.loads(raw.read_text())
+    results = {
+        path.stem: json.loads(path.read_text()) for device in DEVICES if (path := folder / f"{device}.json").exists()
+    }
     style = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, (cost, error) = plt.subplots(2, 1, figsize=(6.4, 8.4), layout="constrained")
         draw_cost(cost, results)
-        draw_error(error, results)
-        machine = results["machine"]
-        note = f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}"
-        figure.text(1, -0.01, note, ha="right", va="top", fontsize=10, color="#777777")
-        figure.savefig(path, dpi=110, bbox_inches="tight")
+        draw_error(error, next(iter(results.values())))
+        notes = [
+            f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}"
+            for machine in (each["machine"] for each in results.values())
+        ]
+        figure.text(1, -0.01, "\n".join(notes), ha="right", va="top", fontsize=10, color="#777777")
+        figure.savefig(folder / "speed.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
 
 
-def draw_cost(axis: plt.Axes, results: dict) -> None:
+def draw_cost(axis: plt.Axes, results: dict[str, dict]) -> None:
     """Plot the time relative to cross-entropy under each condition: the median, and the range from best to worst."""
-    measured = {name: (grid, "") for name, grid in results["grid"].items()}
-    if has_compiled_release(results):
-        measured["compiled"] = results["compiled"], COMPILED
+    measured = {}
+    if "cpu" in results:
+        measured |= {name: (grid, "") for name, grid in results["cpu"]["grid"].items()}
+        if has_compiled_release(results["cpu"]):
+            measured["compiled"] = results["cpu"]["compiled"], COMPILED
+    if "cuda" in results:
+        measured["cuda"] = results["cuda"]["grid"]["idle"], ""
     for place, (grid, suffix) in enumerate(measured.values()):
         for name, shift in ((OURS, -0.15), (RELEASE, 0.15)):
             ratios = [ratio(seconds, f"{name}{suffix}", BASELINE) for seconds in grid.values()]
@@ -64,13 +73,13 @@ def draw_cost(axis: plt.Axes, results: dict) -> None:
 def draw_error(axis: plt.Axes, results: dict) -> None:
     """Plot the error of the gradient. Kornia's curve also stands for the other libraries, whose errors are the same."""
     sides = [int(side) for side in results["errors"]]
-    labels = {RELEASE: "Kornia 0.9.0 and other libraries", BINNED: BINNED, OURS: OURS}
-    for name, label in labels.items():
+    # Each label has a place where no curve runs: index of its point, and height above it.
+    labels = {RELEASE: ("Kornia 0.9.0 and other libraries", -1, 9), BINNED: (BINNED, 0, 9), OURS: (OURS, -1, -22)}
+    for name, (label, place, height) in labels.items():
         values = [row[name]["gradient"] for row in results["errors"].values()]
         axis.loglog(sides, values, marker="o", ms=5, color=COLOURS[name])
-        axis.annotate(
-            label, (sides[-1], values[-1]), (0, 9), textcoords="offset points", ha="right", color=COLOURS[name]
-        )
+        style = {"color": COLOURS[name], "ha": "left" if place == 0 else "right"}
+        axis.annotate(label, (sides[place], values[place]), (0, height), textcoords="offset points", **style)
     axis.set_title("Relative gradient error of the hinge loss,\nfloat32", loc="left", fontsize=13)
     axis.set(xlabel="image side")
     axis.set_xticks(sides, [str(side) for side in sides])
@@ -79,4 +88,4 @@ def draw_error(axis: plt.Axes, results: dict) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    draw(Path(sys.argv[1]))

@@ -375,7 +375,7 @@ def main() -> None:
             results["batch errors"] = {str(Scene("softmax", shape, "early")): softmax_batch_errors(shape, args.device)}
 
     report(results)
-    draw(raw, args.out / f"{args.device.type}.png")
+    draw(args.out)
     print(f"Results: {raw}, with a figure in the same folder")
 
 
