@@ -61,7 +61,7 @@ LIMITED_ARMS = {8100: ("ce", "ce+jaccard", "ce+lovasz")}
 # The binned loss is compared at one budget, with the learning rate that was found for the exact loss.
 EXTRA_ARMS, SHARED_RATES = {900: ("ce+binned",)}, {"ce+binned": "ce+lovasz"}
 # These arms are trained again, to compare the weights that are best on validation images with the last weights.
-BEST_WEIGHTS_ARMS, BEST_WEIGHTS_BUDGETS, VALIDATE_EVERY = ("ce", "ce+jaccard", "ce+lovasz"), (900,), 100
+BEST_WEIGHTS_ARMS, BEST_WEIGHTS_BUDGETS, VALIDATE_EVERY = ("ce", "ce+jaccard", "ce+lovasz"), (900, 2700), 100
 SEARCH_SEEDS, SEARCH_BUDGET = (1000, 1001, 1002), 600
 SECOND_STAGE = 0.25  # share of the steps in the second stage
 SETTINGS = {"size": 48, "scenes": [2400, 300, 600], "batch_size": 8}

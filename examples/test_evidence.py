@@ -315,6 +315,9 @@ class TestCommitted:
                 mean, _, interval = evidence_table.ratio_of_steps(runs, task, "ce+lovasz", 900, measure).partition(" ")
                 assert mean in text
                 assert interval.strip("()") in text
+            *_, (arm, _, best_weights, _) = evidence_table.kept_table(evidence.read(evidence_table.KEPT))
+            assert arm == "cross-entropy + Lovász-Softmax, lakes, at the best threshold, 2,700 steps"
+            assert best_weights.partition("(+")[2].strip(")") in text
         measures = (("lakes", "test at best"), ("digits", "test at half"))
         for (task, measure), budget in itertools.product(measures, evidence.BUDGETS):
             assert str(runs.difference(task, "ce+lovasz", budget, measure)).removeprefix("+") in text
