@@ -50,11 +50,11 @@ SHAPES = {
 SMALL = [Scene("softmax", (2, 21, 32, 32), "early"), Scene("hinge", (2, 1, 32, 32), "early")]
 
 
-def draw_scenes(seed: int, min_logits: int = 1 << 16, max_logits: int = 1 << 24) -> Iterator[Scene]:
+def draw_scenes(seed: int, min_logits: int = 1 << 13, max_logits: int = 1 << 24) -> Iterator[Scene]:
     """Draw scenes of random shapes, so that the losses cannot be tuned to a fixed list.
 
-    The number of logits is between ``min_logits`` and ``max_logits``. There are only softmax and hinge scenes, because
-    the release has no sigmoid loss.
+    Small numbers of logits, from ``min_logits`` on, are as likely as large ones, up to ``max_logits``. There are only
+    softmax and hinge scenes, because the release has no sigmoid loss.
     """
     generator = random.Random(seed)
 
@@ -64,15 +64,16 @@ def draw_scenes(seed: int, min_logits: int = 1 << 16, max_logits: int = 1 << 24)
     while True:
         kind = generator.choice(["softmax", "softmax", "hinge"])
         classes = log_uniform(2, 150) if kind == "softmax" else 1
-        shape = (log_uniform(1, 32), classes, log_uniform(64, 2048), log_uniform(64, 2048))
-        if not min_logits <= math.prod(shape) <= max_logits:
+        front = (log_uniform(1, 32), classes, log_uniform(32, 2048))
+        width = log_uniform(min_logits, max_logits) // math.prod(front)
+        if not 32 <= width <= 2048:
             continue
         options: dict[str, Any] = {"per_image": generator.random() < 0.5}
         if kind == "softmax":
             options["classes"] = generator.choice(["all", "present"])
         yield Scene(
             kind,
-            shape,
+            (*front, width),
             generator.choice(["early", "late"]),
             classes if generator.random() < 0.5 else min(classes, CLASSES_PER_IMAGE),
             options,

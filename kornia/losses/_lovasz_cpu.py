@@ -210,6 +210,10 @@ def _softmax_of_all(
     return torch.cat(in_pieces(losses_of, zip(*(tensor.split(step) for tensor in (images, target, gradient)))))
 
 
+# Number of pixels in a line. The largest error of each line is kept, to find that of an absent class quickly.
+_LINE = 256
+
+
 class _SoftmaxGroup:
     """The three passes over a group of images, and the values they share. A piece is a range of pixels of one image."""
 
@@ -219,12 +223,10 @@ class _SoftmaxGroup:
         label_dtype = torch.uint8 if num_classes < 256 else torch.int32
         self.labels = torch.empty((batch, count), dtype=label_dtype, device="cpu")  # ignored: num_classes
         self.labelled = torch.empty((batch, count), dtype=gradient.dtype, device="cpu")  # probabilities of the labels
-        self.share = torch.zeros_like(self.labelled)  # part of each pixel in the loss
-        # The largest error in each line of pixels. The length of a line divides the number of pixels.
-        self.line = next(line for line in range(256, 0, -1) if count % line == 0)
-        self.largest = torch.empty((batch, num_classes, count // self.line), dtype=gradient.dtype, device="cpu")
-        width = size_of_pieces(pred.numel()) // num_classes
-        width = min(count, -(-width // self.line) * self.line)
+        self.share = torch.empty_like(self.labelled)  # part of each pixel in the loss
+        # The largest error in each line. Pieces begin at the start of a line.
+        self.largest = torch.empty((batch, num_classes, -(-count // _LINE)), dtype=gradient.dtype, device="cpu")
+        width = -(-size_of_pieces(pred.numel()) // (num_classes * _LINE)) * _LINE
         self.pieces = [(i, slice(j, j + width)) for i in range(batch) for j in range(0, count, width)]
 
     def measure(self, piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:
@@ -246,10 +248,13 @@ class _SoftmaxGroup:
         if errors is not out:
             out.copy_(errors)
         self.labels[piece] = marked
+        self.share[piece].zero_()
         smallest = torch.full((num_classes + 1,), torch.inf, dtype=errors.dtype, device="cpu")
         smallest.scatter_reduce_(0, marked, others, "amin")
-        lines = slice(piece[1].start // self.line, -(-piece[1].stop // self.line))
-        self.largest[piece[0], :, lines] = errors.view(num_classes, -1, self.line).amax(2)
+        if missing := -errors.shape[1] % _LINE:  # in the last line of the image
+            errors = torch.nn.functional.pad(errors, (0, missing))
+        lines = errors.view(num_classes, -1, _LINE).amax(2)
+        self.largest[piece[0], :, piece[1].start // _LINE :][:, : lines.shape[1]] = lines
         return marked.bincount(minlength=num_classes + 1)[:-1], smallest[:-1]
 
     def rank(self, classes: Tensor, sizes: Tensor, smallest: Tensor, factors: Tensor) -> None:
@@ -264,11 +269,12 @@ class _SoftmaxGroup:
 
         def rank_from(start: int) -> None:
             rows = self.classes[start : start + step]
-            errors = self.errors.index_select(1, rows).transpose(0, 1).flatten(1)
             if length > 2 * tuning.piece:
+                errors = self._long_row(int(rows))
                 scale = partial(_scale, factor=factors[rows])
-                rank_long_row(errors[0], labels, int(rows), sizes[rows], floors[rows], weights[start], scale)
+                rank_long_row(errors, labels, int(rows), sizes[rows], floors[rows], weights[start], scale)
             else:
+                errors = self.errors.index_select(1, rows).transpose(0, 1).flatten(1)
                 foreground = (labels == rows.unsqueeze(1)).view(torch.uint8)
                 ranked = rank_rows(errors, foreground, sizes[rows], floors[rows])
                 torch.mul(ranked, factors[rows].unsqueeze(1), out=weights[start : start + step])
@@ -276,12 +282,22 @@ class _SoftmaxGroup:
         step = max(1, min(tuning.piece // length, -(-len(self.classes) // torch.get_num_threads())))
         _map_items(rank_from, range(0, len(self.classes), step), step * length)
 
+    def _long_row(self, label: int) -> Tensor:
+        """Return the errors of one class. The threads copy them if they do not already lie next to each other."""
+        images = self.errors[:, label]
+        if len(images) == 1:
+            return images[0]
+        row = torch.empty(images.shape, dtype=images.dtype, device="cpu")
+        in_pieces(lambda pair: pair[0].copy_(pair[1]), zip(row, images))
+        return row.flatten()
+
     def rank_absent(self, absent: Tensor, factors: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the indices ``(B, C, N)`` of the largest errors of absent classes, and their parts in the loss."""
         line = self.largest.index_select(1, absent).transpose(0, 1).flatten(1).argmax(1)
         image, line = line // self.largest.shape[2], line % self.largest.shape[2]
-        errors = self.errors.unflatten(2, (-1, self.line))[image, absent, line]
-        pixel = line * self.line + errors.argmax(1)
+        pixels = (line.unsqueeze(1) * _LINE + torch.arange(_LINE, device="cpu")).clamp_(max=self.errors.shape[2] - 1)
+        errors = self.errors[image.unsqueeze(1), absent.unsqueeze(1), pixels]
+        pixel = pixels.gather(1, errors.argmax(1, keepdim=True)).squeeze(1)
         parts = errors.amax(1) * factors[absent]
         self.share.index_put_((image, pixel), parts, accumulate=True)
         return (image, absent, pixel), parts

@@ -18,9 +18,9 @@ class Tuning:
     sorted_at_once: int = 1 << 22
     # Whether eager code may branch on values, which compiled code cannot.
     eager_forms: bool = True
-    # On the CPU, the form that uses threads computes inputs of at least this many logits. For smaller inputs, handing
-    # work to a thread costs more than it saves.
-    cpu_from: int = 1 << 16
+    # On the CPU, the form that uses threads computes inputs of at least this many logits. PyTorch does not divide
+    # operations on fewer among its threads, except for the softmax, so handing them to a thread would save nothing.
+    cpu_from: int = 1 << 14
     # Smallest number of errors for one piece of a thread's work. In smaller pieces, threads mostly wait for the GIL.
     piece: int = 1 << 18
     # The softmax loss selects the pixels to rank in groups whose number of errors times the number of classes is at

@@ -405,6 +405,7 @@ class TestLovaszValues(LovaszTester):
 
 # Sizes on both sides of each threshold: for another form, for several pieces, for threads, and for rows in parts.
 SIZES = [(2, 100, 81), (1, 182, 181), (5, 64, 64), (3, 150, 190), (2, 362, 363), (1, 520, 510), (3, 400, 500)]
+SIZES += [(2, 45, 45), (2, 46, 45)]
 # Many small images, which share a piece.
 SIZES += [(20, 100, 81), (90, 40, 40)]
 

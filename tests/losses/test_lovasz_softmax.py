@@ -122,14 +122,19 @@ class TestLovaszSoftmaxLoss(LovaszTester):
         difference = (single.grad - pred.grad).norm() / pred.grad.norm()
         assert difference < 1e-5
 
-    def test_feature_absent_class(self, device):
-        # No pixel has the label 2, so the loss of class 2 is its largest probability.
+    @pytest.mark.parametrize("place", [0, 255, 256, 511, 767, 768, 999])
+    @pytest.mark.parametrize("per_image", [True, False])
+    def test_feature_absent_class(self, per_image, place, device):
+        # No pixel has the label 2, so the loss of class 2 is its largest probability, wherever it is.
         dtype = widest_dtype(device)
-        pred, target = make_inputs(SOFTMAX, device, dtype, (1, 4, 5), labels=2)
-        loss = lovasz_softmax_loss(pred.requires_grad_(), target, classes=[2])
+        pred, target = make_inputs(SOFTMAX, device, dtype, (2, 8, 125), labels=2)
+        pred[:, 2] = -3 + 0.1 * pred[:, 2]
+        pred[1, 2].view(-1)[place] += 8
+        loss = lovasz_softmax_loss(pred.requires_grad_(), target, classes=[2], per_image=per_image, reduction="sum")
         (grad,) = torch.autograd.grad(loss, pred)
         reference = pred.detach().clone().requires_grad_()
-        largest = reference.softmax(1)[:, 2].max()
+        largest = reference.softmax(1)[:, 2].flatten(1).amax(1)
+        largest = largest.sum() if per_image else largest.amax()
         self.assert_close(loss, largest, rtol=32 * torch.finfo(dtype).eps, atol=0.0)
         expected = torch.autograd.grad(largest, reference)[0]
         self.assert_close(grad, expected, rtol=10 * RTOL[dtype], atol=0.1 * GRAD_ATOL[dtype])

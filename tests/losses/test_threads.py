@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kornia.losses import LovaszHingeLoss, LovaszSoftmaxLoss
 from kornia.losses._threads import in_pieces
@@ -30,6 +32,27 @@ def thread_counts():
     """How many threads PyTorch may use in this thread, and in a new thread."""
     with ThreadPoolExecutor(1) as pool:
         return torch.get_num_threads(), pool.submit(torch.get_num_threads).result()
+
+
+class LargeOperations(TorchDispatchMode):
+    """Records the operations of this thread that PyTorch would divide among its threads, with their sizes."""
+
+    grain = 1 << 15  # smaller operations stay in the thread
+    # These return memory or a view of it, or take as long as their indices.
+    small = re.compile(
+        "empty|view|split|slice|select.int|expand|transpose|unbind|detach|alias|squeeze|index.Tensor|index_put_"
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        size = max((x.numel() for x in (*args, result) if isinstance(x, torch.Tensor)), default=0)
+        if size >= self.grain and not self.small.search(str(func)):
+            self.found.append((str(func), size))
+        return result
 
 
 def run(program, **variables):
@@ -254,6 +277,21 @@ class TestLosses:
         module(pred.requires_grad_(), target).backward()
         torch.nn.utils.clip_grad_norm_([pred], 1e-3)
         assert pred.grad.norm() < 1.1e-3
+
+    @pytest.mark.parametrize("pixels", [1 << 12, 1 << 13, 1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 20])
+    @pytest.mark.parametrize("images", [1, 2, 5])
+    @pytest.mark.parametrize("per_image", [True, False])
+    def test_feature_no_large_operation_in_the_caller(self, module, per_image, images, pixels, threads):
+        """Beside other processes, an operation that PyTorch divides among its threads can take milliseconds more."""
+        module = type(module)(per_image=per_image)
+        pred, target = self.make(module, (images, 8, pixels // (8 * images)))
+        pred.requires_grad_()
+        with LargeOperations() as operations:
+            module(pred, target).backward()
+        if threads == 1 and pred.numel() >= 1 << 16:
+            assert operations.found != []  # there the caller does all the work, which the test must notice
+        elif threads > 1:
+            assert operations.found == []
 
     def test_exception_label(self, module, threads):
         pred, target = self.make(module)
