@@ -220,6 +220,7 @@ def force_form(monkeypatch, form: str, piece: int = 100) -> None:
         "cpu_from": 1 if form == "cpu" else 1 << 60,
         "candidates_from": 0,
         "merged_below": 0,
+        "one_piece": piece,
         "piece": max(64, piece),
         "counted_at_once": piece,
         "counted_at_once_cuda": piece,

@@ -47,10 +47,15 @@ def losses_and_gradient(
     else:
         group = gradient[0].numel() if options.per_image else gradient.numel()
         form = _softmax_of_all if group * pred.shape[1] < tuning.candidates_from else _softmax
-    if gradient.numel() > tuning.piece:
+    if gradient.numel() > tuning.one_piece:
         return form(pred, target, weight, gradient, options), gradient
     # Splitting a small input would cost more than it saves. As one piece, it runs single-threaded operations.
     return in_pieces(lambda pred: form(pred, target, weight, gradient, options), [pred])[0], gradient
+
+
+def _items_per_piece(count: int, size: int) -> int:
+    """Return how many of ``count`` items of ``size`` errors are a piece: few enough for every thread to get some."""
+    return max(1, min(tuning.piece // size, -(-count // torch.get_num_threads())))
 
 
 def _map_items(work: Callable[[Any], Any], items: Iterable[Any], size: int) -> list[Any]:
@@ -76,7 +81,7 @@ def _single_class(pred: Tensor, target: Tensor, _: Optional[Tensor], gradient: T
     apply_weights = partial(_hinge if options.loss == "hinge" else _sigmoid, divisor=options.divisor(len(logits)))
     is_long = logits.shape[1] > 2 * tuning.piece
     rows = partial(_long_row_of_margins if is_long else _rows_of_margins, apply_weights=apply_weights, options=options)
-    step = max(1, min(tuning.piece // logits.shape[1], -(-len(logits) // torch.get_num_threads())))
+    step = _items_per_piece(len(logits), logits.shape[1])
     pieces = zip(*(tensor.split(step) for tensor in (logits, labels, gradient)))
     return torch.cat(_map_items(lambda piece: rows(*piece), pieces, step * logits.shape[1]))
 
@@ -205,7 +210,7 @@ def _softmax_of_all(
         torch.div(parts, divisor, out=tensors[2])
         return losses.div_(divisor)
 
-    step = max(1, tuning.piece // gradient[0].numel()) if options.per_image else len(target)
+    step = _items_per_piece(len(target), gradient[0].numel()) if options.per_image else len(target)
     images = pred.expand(len(target), -1, -1, -1)
     return torch.cat(in_pieces(losses_of, zip(*(tensor.split(step) for tensor in (images, target, gradient)))))
 
@@ -279,7 +284,7 @@ class _SoftmaxGroup:
                 ranked = rank_rows(errors, foreground, sizes[rows], floors[rows])
                 torch.mul(ranked, factors[rows].unsqueeze(1), out=weights[start : start + step])
 
-        step = max(1, min(tuning.piece // length, -(-len(self.classes) // torch.get_num_threads())))
+        step = _items_per_piece(len(self.classes), length)
         _map_items(rank_from, range(0, len(self.classes), step), step * length)
 
     def _long_row(self, label: int) -> Tensor:

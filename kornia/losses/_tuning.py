@@ -21,7 +21,9 @@ class Tuning:
     # On the CPU, the form that uses threads computes inputs of at least this many logits. PyTorch does not divide
     # operations on fewer among its threads, except for the softmax, so handing them to a thread would save nothing.
     cpu_from: int = 1 << 14
-    # Smallest number of errors for one piece of a thread's work. In smaller pieces, threads mostly wait for the GIL.
+    # An input of at most this many errors is one piece, the work of one thread. Larger inputs are divided among the
+    # threads, in pieces of at most about this many errors. In small pieces, threads mostly wait for the GIL.
+    one_piece: int = 1 << 16
     piece: int = 1 << 18
     # The softmax loss selects the pixels to rank in groups whose number of errors times the number of classes is at
     # least this. In smaller groups, ranking all pixels is faster.
