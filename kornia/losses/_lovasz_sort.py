@@ -34,6 +34,8 @@ def sorted_weights(errors: Tensor, foreground: Tensor) -> Tensor:
 
 def order_of_rows(errors: Tensor) -> Tensor:
     """Return the stable order of each row ``(R, N)`` on the CPU, from the largest error to the smallest."""
+    if len(errors) == 1:
+        return descending_order(errors).view(errors.shape)
     rows = torch.arange(len(errors), device="cpu").unsqueeze(1)
     return descending_order(errors, rows, len(errors)).view(errors.shape).sub_(rows * errors.shape[1])
 
