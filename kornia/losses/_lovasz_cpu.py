@@ -358,7 +358,7 @@ def rank_rows(errors: Tensor, foreground: Tensor, sizes: Tensor, floors: Tensor)
     if count > errors.numel() // 2:
         # Gathering most of the errors would cost more than it saves.
         return weights_of_rows(errors, foreground, order_of_rows(errors)).mul_(candidates.view(torch.uint8))
-    weights = torch.zeros_like(errors)
+    weights = torch.zeros(errors.shape, dtype=errors.dtype, device="cpu")
     if count > 0:
         places = candidates.flatten().nonzero().squeeze(1)
         selected = (tensor.flatten().index_select(0, places) for tensor in (errors, foreground))

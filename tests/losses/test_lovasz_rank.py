@@ -69,9 +69,10 @@ class TestRank:
         """Candidates have the same weights as when all pixels are ranked, and the other pixels have weight 0."""
         errors, foreground, expected = make_rows(kind, shape, dtype)
         floors = errors.sort(1, descending=True).values[:, math.ceil(share * (shape[1] - 1))]
-        weights = _lovasz_cpu.rank_rows(errors, foreground.view(torch.uint8), foreground.sum(1), floors)
         expected = expected * (errors >= floors[:, None])
-        torch.testing.assert_close(weights, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+        for rows in (errors, errors.t().contiguous().t()):  # in memory, rows or columns follow each other
+            weights = _lovasz_cpu.rank_rows(rows, foreground.view(torch.uint8), foreground.sum(1), floors)
+            torch.testing.assert_close(weights, expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
     @pytest.mark.parametrize("share", [0.1, 1.0])
     @pytest.mark.parametrize("piece", [1 << 10, 1 << 17])
