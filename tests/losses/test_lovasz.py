@@ -10,6 +10,7 @@ import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -757,3 +758,10 @@ class TestLovaszCompiled(LovaszTester):
         for shape in [(3, 5, 6), (2, 7, 3)]:
             pred, target = make_inputs(loss, device, torch.float32, shape)
             self.assert_close(exported(pred, target), loss(pred, target, num_bins=num_bins), rtol=1e-5, atol=0.0)
+        if loss is HINGE:  # piecewise linear
+            return
+        pred, direction, seconds = pred.requires_grad_(), torch.randn_like(pred), []
+        for function in (exported, partial(loss, num_bins=num_bins)):
+            (first,) = torch.autograd.grad(function(pred, target), pred, create_graph=True)
+            seconds += torch.autograd.grad((first * direction).sum(), pred)
+        self.assert_close(seconds[0], seconds[1], rtol=1e-4, atol=1e-7)
