@@ -62,7 +62,8 @@ def draw_cost(axis: plt.Axes, results: dict[str, dict]) -> None:
     axis.set_xscale("log")
     axis.set_yticks(range(len(measured)), [CONDITIONS[name] for name in measured])
     axis.set_ylim(len(measured) - 0.5, -0.5)
-    ticks = [each for each in (1, 3, 10, 30, 100) if each < axis.get_xlim()[1]]
+    low, high = axis.get_xlim()
+    ticks = [each for each in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if low < each < high]
     axis.set_xticks(ticks, [f"{each:g}" for each in ticks])
     axis.minorticks_off()
     axis.set_title("Time, in multiples of cross-entropy:\nmedian, and from best to worst", loc="left", fontsize=13)
