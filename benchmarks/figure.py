@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import BASELINE, BINNED, COMPILED, DEVICES, OURS, RELEASE, has_compiled_release, ratio
+from tables import BASELINE, BINNED, COMPILED, DEVICES, OURS, RELEASE, has_compiled_release, ratio, read
 
 CONDITIONS = {
     "idle": "CPU, idle",
@@ -26,9 +25,7 @@ COLOURS = {OURS: "#2a6f97", BINNED: "#61a5c2", RELEASE: "#b23a48"}
 
 def draw(folder: Path) -> None:
     """Draw two charts, one above the other so that they can be read on a phone."""
-    results = {
-        path.stem: json.loads(path.read_text()) for device in DEVICES if (path := folder / f"{device}.json").exists()
-    }
+    results = {device: found for device in DEVICES if (found := read(device, folder))}
     style = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, (cost, error) = plt.subplots(2, 1, figsize=(6.4, 8.4), layout="constrained")

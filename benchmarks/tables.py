@@ -29,9 +29,9 @@ DEVICES = {"cpu": "On a CPU", "cuda": "On a GPU"}
 Seconds = dict[str, list[float]]
 
 
-def read(device: str) -> dict | None:
+def read(device: str, folder: Path = RESULTS) -> dict | None:
     """Read the results of a device, or return None if it was not measured."""
-    path = RESULTS / f"{device}.json"
+    path = folder / f"{device}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

@@ -259,7 +259,8 @@ class _SoftmaxGroup:
         if missing := -errors.shape[1] % _LINE:  # in the last line of the image
             errors = torch.nn.functional.pad(errors, (0, missing))
         lines = errors.view(num_classes, -1, _LINE).amax(2)
-        self.largest[piece[0], :, piece[1].start // _LINE :][:, : lines.shape[1]] = lines
+        first = piece[1].start // _LINE
+        self.largest[piece[0], :, first : first + lines.shape[1]] = lines
         return marked.bincount(minlength=num_classes + 1)[:-1], smallest[:-1]
 
     def rank(self, classes: Tensor, sizes: Tensor, smallest: Tensor, factors: Tensor) -> None:

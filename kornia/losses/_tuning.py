@@ -21,9 +21,10 @@ class Tuning:
     # On the CPU, the form that uses threads computes inputs of at least this many logits. PyTorch does not divide
     # operations on fewer among its threads, except for the softmax, so handing them to a thread would save nothing.
     cpu_from: int = 1 << 14
-    # An input of at most this many errors is one piece, the work of one thread. Larger inputs are divided among the
-    # threads, in pieces of at most about this many errors. In small pieces, threads mostly wait for the GIL.
+    # One thread does all the work on an input of at most this many errors.
     one_piece: int = 1 << 16
+    # Number of errors for one piece of a thread's work on larger inputs. A piece of rows or images may be smaller, so
+    # that every thread gets one. In small pieces, threads mostly wait for the GIL.
     piece: int = 1 << 18
     # The softmax loss selects the pixels to rank in groups whose number of errors times the number of classes is at
     # least this. In smaller groups, ranking all pixels is faster.
