@@ -143,6 +143,19 @@ if PLACES:
                     (grad,) = torch.autograd.grad(value, leaf)
                     self.assert_close((value.detach(), grad), expected, rtol=0.0, atol=0.0)
 
+        @pytest.mark.parametrize("bins", [None, 64])
+        def test_feature_second_derivative(self, bins, place, monkeypatch):
+            """It comes from the dense form, with the same result."""
+            pred, target = make_inputs(SOFTMAX, place, torch.float32)
+            pred.requires_grad_()
+            direction, seconds = torch.randn_like(pred), []
+            for kernels in (True, False):
+                monkeypatch.setattr(tuning, "kernels", kernels)
+                (first,) = torch.autograd.grad(SOFTMAX(pred, target, num_bins=bins), pred, create_graph=True)
+                seconds += torch.autograd.grad((first * direction).sum(), pred)
+            assert seconds[1].any()
+            self.assert_close(seconds[0], seconds[1], rtol=1e-5, atol=1e-8)
+
         def test_feature_many_blocks_and_slabs(self, place, monkeypatch):
             """Rows are longer than a block of sorted pixels, and are sorted in several parts."""
             pred, target = make_inputs(SOFTMAX, place, torch.float32, (2, 40, 60))
