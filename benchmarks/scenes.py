@@ -53,8 +53,9 @@ SMALL = [Scene("softmax", (2, 21, 32, 32), "early"), Scene("hinge", (2, 1, 32, 3
 def draw_scenes(seed: int, min_logits: int = 1 << 13, max_logits: int = 1 << 24) -> Iterator[Scene]:
     """Draw scenes of random shapes, so that the losses cannot be tuned to a fixed list.
 
-    Small numbers of logits, from ``min_logits`` on, are as likely as large ones, up to ``max_logits``. There are only
-    softmax and hinge scenes, because the release has no sigmoid loss.
+    The number of logits is drawn between ``min_logits`` and ``max_logits``, uniformly by its logarithm. If the width
+    does not fit, everything is drawn again. There are only softmax and hinge scenes, because the release has no sigmoid
+    loss.
     """
     generator = random.Random(seed)
 
